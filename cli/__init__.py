@@ -1,0 +1,1 @@
+"""The `ft` command: one short file per command."""

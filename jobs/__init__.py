@@ -1,0 +1,1 @@
+"""Runs that take time: the durable workflow, the trainer, evaluation."""

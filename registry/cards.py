@@ -1,0 +1,167 @@
+"""Cards: one accelerator with its memory, on this host; `cpu` is a card too.
+
+A card is held by an flock on its file in the shared cache. The lock's descriptor is inherited by the program
+that uses the card (a trainer, vLLM), so it is free when that program is really gone, whoever else was killed.
+
+Training and serving on one card take turns: who wants it puts a marker beside the lock. A server gives way to a
+live `train` marker, except while there is a live `eval` marker: an evaluation needs the engine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from registry.errors import Trouble, WrongInput
+from registry.project import Project
+
+Purpose = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """`name` as recipes and queues write it ('cpu', 'cuda-0'); memory in bytes (the host's, for the CPU)."""
+
+    name: str
+    title: str
+    memory: int
+    index: int | None = None
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.index is None
+
+
+def list_cards() -> list[Card]:
+    """The NVIDIA cards that the driver shows, or the CPU where there is none."""
+    return _nvidia_cards() or [_cpu()]
+
+
+def pick_card(wanted: str) -> Card:
+    """The card that a recipe's `card:` means. Raises WrongInput if it is not on this host."""
+    cards = list_cards()
+    if wanted == "cpu":
+        return _cpu()
+    for card in cards:
+        if wanted in ("auto", card.name, card.name.replace("-", ":")):
+            return card
+    raise WrongInput(
+        f"no card '{wanted}' on this host", place="card", fix=f"there is: {', '.join(each.name for each in cards)}"
+    )
+
+
+class CardLock:
+    """The right to use a card, as an open file descriptor that a child process can inherit (`pass_fds`)."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def release(self) -> None:
+        """Let go here; the card stays taken while a child that inherited the descriptor lives."""
+        os.close(self.fd)
+
+
+def try_lock(project: Project, card: Card, holder: str) -> CardLock | None:
+    """The card's lock, or None while somebody else holds it. `holder` is written into the file for people."""
+    fd = os.open(_folder(project, card) / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, holder.encode(), 0)
+    os.set_inheritable(fd, True)
+    return CardLock(fd)
+
+
+def holder(project: Project, card: Card) -> str:
+    """Who holds the card, '' if nobody does."""
+    lock = _folder(project, card) / "lock"
+    return lock.read_text(encoding="utf-8") if lock.exists() and _is_locked(lock) else ""
+
+
+@contextmanager
+def marker(project: Project, card: Card, purpose: Purpose) -> Iterator[None]:
+    """Make it known, while the block runs, that this process wants the card (or its engine)."""
+    path = _folder(project, card) / f"{purpose}-{uuid.uuid4().hex}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def wanted(project: Project, card: Card, purpose: Purpose) -> bool:
+    """Is there a live marker of that purpose? Markers of dead processes are removed on the way."""
+    found = False
+    for path in _folder(project, card).glob(f"{purpose}-*"):
+        if _is_locked(path):
+            found = True
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def lock_when_free(project: Project, card: Card, holder_: str, stop: Callable[[], bool], poll: float = 0.2) -> CardLock:
+    """Wait for the card. Raises Trouble when `stop` says so."""
+    while True:
+        if lock := try_lock(project, card, holder_):
+            return lock
+        if stop():
+            raise Trouble(f"gave up waiting for card {card.name}", place=holder(project, card))
+        time.sleep(poll)
+
+
+def _folder(project: Project, card: Card) -> Path:
+    folder = project.cards / card.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _cpu() -> Card:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Card("cpu", f"CPU, {os.cpu_count()} cores", memory)
+
+
+def _nvidia_cards() -> list[Card]:
+    import pynvml  # loads the driver's library, and is wanted only here
+
+    try:
+        pynvml.nvmlInit()
+        found = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            Card(
+                f"cuda-{index}",
+                str(pynvml.nvmlDeviceGetName(handle)),
+                int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                index,
+            )
+            for index, handle in enumerate(found)
+        ]
+    except pynvml.NVMLError:
+        return []

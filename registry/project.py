@@ -1,0 +1,93 @@
+"""Where things lie: the project's root, its `.ft`, and the cache that all projects of a person share.
+
+Standard library only, because every command, the fastest too, starts here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.errors import NotFound
+
+
+@dataclass(frozen=True)
+class Project:
+    """One folder with recipes/, datasets/ and dvc.yaml; its state is in `home` (normally `.ft`)."""
+
+    root: Path
+    home: Path
+    cache: Path
+
+    @property
+    def database(self) -> Path:
+        return self.home / "ft.db"
+
+    @property
+    def runs_database(self) -> Path:
+        return self.home / "dbos.db"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def models(self) -> Path:
+        return self.cache / "models"
+
+    @property
+    def envs(self) -> Path:
+        return self.cache / "envs"
+
+    @property
+    def cards(self) -> Path:
+        return self.cache / "cards"
+
+    def job_folder(self, run_id: str) -> Path:
+        return self.home / "jobs" / run_id
+
+    def adapter_folder(self, model: str, version: int) -> Path:
+        return self.home / "adapters" / model / str(version)
+
+
+def find_project(start: Path | None = None) -> Project:
+    """The project that `start` (default: here) lies in. Raises NotFound outside of any."""
+    load_dotenv((start or Path.cwd()).resolve())
+    here = (start or Path(os.environ.get("FT_PROJECT") or Path.cwd())).resolve()
+    for folder in [here, *here.parents]:
+        if (folder / "recipes").is_dir() and ((folder / ".dvc").is_dir() or (folder / "dvc.yaml").is_file()):
+            return Project(root=folder, home=_home(folder), cache=cache_folder())
+    raise NotFound(
+        "this is not an ft project: no folder with recipes/ and dvc.yaml here or above",
+        place=str(here),
+        fix="make one with `ft init DIR`, then `cd DIR`",
+    )
+
+
+def cache_folder() -> Path:
+    """Base models, environments and card locks, shared by all projects (`$FT_CACHE`)."""
+    return Path(os.environ.get("FT_CACHE") or Path.home() / ".cache" / "ft").expanduser().resolve()
+
+
+def _home(root: Path) -> Path:
+    named = os.environ.get("FT_HOME")
+    return (root / Path(named).expanduser()).resolve() if named else root / ".ft"
+
+
+def load_dotenv(start: Path) -> None:
+    """Put the nearest `.env` above `start` into the environment; what is set already wins."""
+    for folder in [start, *start.parents]:
+        if (folder / ".env").is_file():
+            for key, value in _pairs((folder / ".env").read_text(encoding="utf-8")):
+                os.environ.setdefault(key, value)
+            return
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    # python-dotenv costs 40 ms per command; the plain KEY=VALUE form is all that .env.example promises.
+    for line in text.splitlines():
+        key, sign, value = line.strip().removeprefix("export ").partition("=")
+        if sign and not key.startswith("#"):
+            yield key.strip(), value.strip().strip("\"'")

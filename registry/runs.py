@@ -1,0 +1,199 @@
+"""Run rows: what a person asked for, how far it has come, and how it ended.
+
+The row is written first and is the truth of what is wanted. The worker makes DBOS agree with it
+(`jobs/runtime.py`), so the CLI needs no durable engine to submit, cancel or look.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from registry.errors import Conflict, FtError, NotFound
+from registry.events import append_within, new_event
+from registry.store import Store, dump
+
+State = Literal["submitted", "running", "succeeded", "refused", "failed", "cancelled"]
+ACTIVE = ("submitted", "running")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One durable execution of a recipe. `refused` means that the gate did not let its version through."""
+
+    id: str
+    recipe: str
+    model: str
+    digest: str
+    recipe_path: str
+    body: dict[str, Any]
+    state: State
+    stage: str
+    wish: str | None
+    created: float
+    started: float | None
+    finished: float | None
+    error: dict[str, Any] | None
+    result: dict[str, Any]
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+@dataclass(frozen=True)
+class Step:
+    """One attempt at one step of a run; `kind` is 'platform' or the outside work it waited for."""
+
+    name: str
+    attempt: int
+    started: float
+    finished: float | None
+    kind: str
+    note: dict[str, Any]
+
+
+def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, *, queue: bool = False) -> Run:
+    """Write the row of a new run. Raises Conflict while another run of the recipe is on, unless `queue`."""
+    name, run_id = str(recipe["name"]), f"{recipe['name']}-{secrets.token_hex(5)}"
+    now = time.time()
+    with store.writing() as connection:
+        on = connection.execute(
+            "SELECT id FROM runs WHERE recipe = ? AND state IN ('submitted', 'running')", (name,)
+        ).fetchone()
+        if on and not queue:
+            raise Conflict(
+                f"a run of recipe '{name}' is on already: {on['id']}",
+                place=recipe_path,
+                fix=f"watch it with `ft logs -f {on['id']}`, stop it with `ft cancel {on['id']}`, "
+                "or wait behind it with `ft run --queue`",
+            )
+        connection.execute(
+            "INSERT INTO runs (id, recipe, model, digest, recipe_path, body, state, created) "
+            "VALUES (?,?,?,?,?,?,'submitted',?)",
+            (run_id, name, recipe["model"], digest, recipe_path, dump(recipe), now),
+        )
+        append_within(connection, new_event("ft/runs", "run.submitted", run_id, {"recipe": name}, key=run_id))
+    return get(store, run_id)
+
+
+def get(store: Store, run_id: str) -> Run:
+    """The run of that id, or of the one id that begins so. Raises NotFound."""
+    rows = store.read("SELECT * FROM runs WHERE id = ?", (run_id,)) or store.read(
+        "SELECT * FROM runs WHERE substr(id, 1, ?) = ?", (len(run_id), run_id)
+    )
+    if len(rows) == 1:
+        return _run(rows[0])
+    what = f"no run '{run_id}'" if not rows else f"'{run_id}' is the beginning of {len(rows)} runs"
+    raise NotFound(what, fix="`ft runs` lists them")
+
+
+def listed(store: Store, *, limit: int = 20, active: bool = False, recipe: str = "") -> list[Run]:
+    """Runs, the newest first."""
+    rows = store.read(
+        "SELECT * FROM runs WHERE (? = 0 OR state IN ('submitted', 'running')) AND (? = '' OR recipe = ?) "
+        "ORDER BY created DESC LIMIT ?",
+        (int(active), recipe, recipe, limit),
+    )
+    return [_run(row) for row in rows]
+
+
+def earlier_active(store: Store, run: Run) -> list[str]:
+    """Runs of the same recipe that this one waits behind."""
+    rows = store.read(
+        "SELECT id FROM runs WHERE recipe = ? AND state IN ('submitted', 'running') "
+        "AND (created, id) < (?, ?) ORDER BY created",
+        (run.recipe, run.created, run.id),
+    )
+    return [row["id"] for row in rows]
+
+
+def set_wish(store: Store, run_id: str, wish: str) -> None:
+    """Write down what a person wants of a run ('cancel' or 'resume'); a worker acts on it."""
+    with store.writing() as connection:
+        connection.execute("UPDATE runs SET wish = ? WHERE id = ?", (wish, run_id))
+
+
+def clear_wish(store: Store, run_id: str, wish: str) -> None:
+    with store.writing() as connection:
+        connection.execute("UPDATE runs SET wish = NULL WHERE id = ? AND wish = ?", (run_id, wish))
+
+
+def set_stage(store: Store, run_id: str, stage: str) -> None:
+    """The run is on and at `stage`; a run that has ended stays ended."""
+    with store.writing() as connection:
+        connection.execute(
+            "UPDATE runs SET state = 'running', stage = ?, started = coalesce(started, ?) "
+            "WHERE id = ? AND state IN ('submitted', 'running')",
+            (stage, time.time(), run_id),
+        )
+
+
+def note_result(store: Store, run_id: str, **facts: Any) -> None:
+    """Add facts (version, verdict, scores...) to what the run has to show."""
+    with store.writing() as connection:
+        row = connection.execute("SELECT result FROM runs WHERE id = ?", (run_id,)).fetchone()
+        merged = {**json.loads(row["result"] or "{}"), **facts}
+        connection.execute("UPDATE runs SET result = ? WHERE id = ?", (dump(merged), run_id))
+
+
+def finish(store: Store, run_id: str, state: State, error: FtError | None = None) -> None:
+    """End the run, once; `reopen` undoes it."""
+    with store.writing() as connection:
+        done = connection.execute(
+            "UPDATE runs SET state = ?, finished = ?, error = ?, wish = NULL "
+            "WHERE id = ? AND state IN ('submitted', 'running')",
+            (state, time.time(), dump(error.as_dict()) if error else None, run_id),
+        )
+        if done.rowcount:
+            data = {"state": state, **(error.as_dict() if error else {})}
+            append_within(connection, new_event("ft/runs", f"run.{_event(state)}", run_id, data))
+
+
+def reopen(store: Store, run_id: str) -> None:
+    """A failed or cancelled run goes on (`ft resume`)."""
+    with store.writing() as connection:
+        connection.execute(
+            "UPDATE runs SET state = 'running', finished = NULL, error = NULL WHERE id = ?", (run_id,)
+        )
+
+
+def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:
+    """Write down that a step starts; the attempt's number, 1 for the first."""
+    with store.writing() as connection:
+        row = connection.execute(
+            "SELECT coalesce(max(attempt), 0) + 1 AS n FROM steps WHERE run_id = ? AND name = ?", (run_id, name)
+        ).fetchone()
+        connection.execute(
+            "INSERT INTO steps (run_id, name, attempt, started, kind) VALUES (?,?,?,?,?)",
+            (run_id, name, row["n"], time.time(), kind),
+        )
+        return int(row["n"])
+
+
+def end_step(store: Store, run_id: str, name: str, attempt: int, note: dict[str, Any] | None = None) -> None:
+    with store.writing() as connection:
+        connection.execute(
+            "UPDATE steps SET finished = ?, note = ? WHERE run_id = ? AND name = ? AND attempt = ?",
+            (time.time(), dump(note or {}), run_id, name, attempt),
+        )
+
+
+def steps(store: Store, run_id: str) -> list[Step]:
+    rows = store.read(
+        "SELECT name, attempt, started, finished, kind, note FROM steps WHERE run_id = ? ORDER BY started",
+        (run_id,),
+    )
+    return [Step(**{**row, "note": json.loads(row["note"] or "{}")}) for row in rows]
+
+
+def _run(row: dict[str, Any]) -> Run:
+    body, error = json.loads(row["body"]), json.loads(row["error"]) if row["error"] else None
+    return Run(**{**row, "body": body, "error": error, "result": json.loads(row["result"] or "{}")})
+
+
+def _event(state: str) -> str:
+    return "finished" if state in ("succeeded", "refused") else state

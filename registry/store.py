@@ -1,0 +1,137 @@
+"""The project's own database: one SQLite file in WAL mode, with numbered, append-only migrations.
+
+Standard library only: SQLAlchemy alone takes half a second to import, more than a whole `ft runs` may take.
+Every write is one `BEGIN IMMEDIATE` transaction, so a read-then-write inside it is a compare-and-set.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from registry.errors import StoreError
+from registry.project import Project
+
+MIGRATIONS = [
+    """
+    CREATE TABLE runs (
+        id TEXT PRIMARY KEY, recipe TEXT NOT NULL, model TEXT NOT NULL, digest TEXT NOT NULL,
+        recipe_path TEXT NOT NULL, body TEXT NOT NULL, state TEXT NOT NULL, stage TEXT NOT NULL DEFAULT '',
+        wish TEXT, created REAL NOT NULL, started REAL, finished REAL, error TEXT, result TEXT);
+    CREATE INDEX runs_by_recipe ON runs (recipe, created);
+    CREATE INDEX runs_by_state ON runs (state);
+    CREATE TABLE steps (
+        run_id TEXT NOT NULL, name TEXT NOT NULL, attempt INTEGER NOT NULL,
+        started REAL NOT NULL, finished REAL, kind TEXT NOT NULL, note TEXT,
+        PRIMARY KEY (run_id, name, attempt));
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, id TEXT NOT NULL, type TEXT NOT NULL,
+        subject TEXT NOT NULL, time REAL NOT NULL, data TEXT NOT NULL, cause TEXT, UNIQUE (source, id));
+    CREATE TABLE versions (
+        model TEXT NOT NULL, version INTEGER NOT NULL, run_id TEXT NOT NULL UNIQUE, folder TEXT NOT NULL,
+        body TEXT NOT NULL, created REAL NOT NULL, rolled_back INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (model, version));
+    CREATE TABLE verdicts (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, version INTEGER NOT NULL,
+        outcome TEXT NOT NULL, body TEXT NOT NULL, run_id TEXT, created REAL NOT NULL);
+    CREATE INDEX verdicts_by_version ON verdicts (model, version, id);
+    CREATE TABLE promotions (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, version INTEGER NOT NULL,
+        from_version INTEGER, kind TEXT NOT NULL, run_id TEXT UNIQUE, verdict INTEGER,
+        by_whom TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL);
+    CREATE TABLE aliases (
+        model TEXT NOT NULL, alias TEXT NOT NULL, version INTEGER NOT NULL, changed REAL NOT NULL,
+        projected INTEGER, PRIMARY KEY (model, alias));
+    CREATE TABLE servers (
+        id TEXT PRIMARY KEY, started REAL NOT NULL, heartbeat REAL NOT NULL, body TEXT NOT NULL);
+    CREATE TABLE scores (
+        key TEXT PRIMARY KEY, body TEXT NOT NULL, created REAL NOT NULL);
+    """,
+]
+
+
+class Store:
+    """Short-lived connections to one SQLite file; safe to share between threads and processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        with self._connection() as connection:
+            return [dict(row) for row in connection.execute(sql, values)]
+
+    def first(self, sql: str, values: Sequence[Any] = ()) -> dict[str, Any] | None:
+        rows = self.read(sql, values)
+        return rows[0] if rows else None
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction that holds the write lock from its start; rolled back if the block raises."""
+        with self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            try:
+                connection.row_factory = sqlite3.Row
+                connection.execute("PRAGMA synchronous=NORMAL")
+                yield connection
+            finally:
+                connection.close()
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"the project's database cannot be used: {error}",
+                place=str(self.path),
+                fix="free disk space or close what holds the file, then try again (`ft doctor` shows both)",
+            ) from error
+
+
+def open_store(project: Project) -> Store:
+    """The project's store, made or brought up to date as needed."""
+    try:
+        project.home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the state folder: {error}", place=str(project.home)) from error
+    store = Store(project.database)
+    _migrate(store)
+    return store
+
+
+def _migrate(store: Store) -> None:
+    version = store.read("PRAGMA user_version")[0]["user_version"]
+    if version == len(MIGRATIONS):
+        return
+    if version > len(MIGRATIONS):
+        raise StoreError(
+            f"written by a newer ft (schema {version}, this one knows {len(MIGRATIONS)})",
+            place=str(store.path),
+            fix="upgrade ft",
+        )
+    with store._connection() as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    with store.writing() as connection:
+        # Read again under the lock: another process may have migrated while this one waited for it.
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            for statement in filter(str.strip, script.split(";")):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version={number}")
+
+
+def dump(value: Any) -> str:
+    """JSON as it is kept in the store: sorted, so that equal values are equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
