@@ -1,0 +1,264 @@
+"""Adapter versions and their aliases. This module alone moves `candidate`, `champion` and `previous`.
+
+A move of `champion` is a row in `promotions`, compared and set in one transaction against the champion that the
+verdict was made against. MLflow's aliases are projected from these rows (`registry/mlflow_store.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from registry.errors import Conflict, GateClosed, NotFound
+from registry.events import append_within, new_event
+from registry.store import Store, dump
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable adapter version: `model` / `version`, served as `model@version`.
+
+    `folder` is relative to the project's `.ft`; `body` has base (see BaseModel), manifest (sha256), rank,
+    recipe_digest, dataset, mlflow ids and what else the run noted.
+    """
+
+    model: str
+    version: int
+    run_id: str
+    folder: str
+    body: dict[str, Any]
+    created: float
+    rolled_back: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate said of a version: 'pass', 'fail' or 'undecided', with every number in `body`."""
+
+    id: int
+    model: str
+    version: int
+    outcome: str
+    body: dict[str, Any]
+    run_id: str | None
+    created: float
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """One move of `champion`; `kind` is 'promote' or 'rollback'."""
+
+    id: int
+    model: str
+    version: int
+    from_version: int | None
+    kind: str
+    run_id: str | None
+    verdict: int | None
+    by_whom: str
+    reason: str
+    created: float
+
+
+def add_version(store: Store, model: str, version: int, run_id: str, folder: str, body: dict[str, Any]) -> Version:
+    """Write down a version and make it `candidate`. The same run again gets what it got before."""
+    with store.writing() as connection:
+        row = connection.execute("SELECT version FROM versions WHERE run_id = ?", (run_id,)).fetchone()
+        if row is None:
+            connection.execute(
+                "INSERT INTO versions (model, version, run_id, folder, body, created) VALUES (?,?,?,?,?,?)",
+                (model, version, run_id, folder, dump(body), time.time()),
+            )
+            _set_alias(connection, model, "candidate", version)
+            event = new_event("ft/adapters", "adapter.registered", f"{model}@{version}", {"run": run_id}, key=run_id)
+            append_within(connection, event)
+    return version_of_run(store, run_id)
+
+
+def version_of_run(store: Store, run_id: str) -> Version:
+    row = store.first("SELECT * FROM versions WHERE run_id = ?", (run_id,))
+    if row is None:
+        raise NotFound(f"run {run_id} has registered no version", fix=f"`ft show {run_id}` says how far it came")
+    return _version(row)
+
+
+def get_version(store: Store, model: str, version: int) -> Version:
+    row = store.first("SELECT * FROM versions WHERE model = ? AND version = ?", (model, version))
+    if row is None:
+        raise NotFound(f"no version {model}@{version}", fix=f"`ft models {model}` lists them")
+    return _version(row)
+
+
+def find_version(store: Store, reference: str) -> Version:
+    """The version that `MODEL`, `MODEL@N` or `MODEL@alias` means (champion where nothing is said)."""
+    model, _, which = reference.partition("@")
+    which = which or "champion"
+    number = int(which) if which.isdigit() else aliases(store, model).get(which)
+    if number is None:
+        has = ", ".join(f"{alias} = {version}" for alias, version in aliases(store, model).items())
+        raise NotFound(f"{model} has no '{which}'", fix=f"it has: {has or 'no version'}; `ft models` lists all models")
+    return get_version(store, model, number)
+
+
+def versions(store: Store, model: str = "") -> list[Version]:
+    rows = store.read("SELECT * FROM versions WHERE ? IN ('', model) ORDER BY model, version", (model,))
+    return [_version(row) for row in rows]
+
+
+def aliases(store: Store, model: str) -> dict[str, int]:
+    rows = store.read("SELECT alias, version FROM aliases WHERE model = ? ORDER BY alias", (model,))
+    return {row["alias"]: row["version"] for row in rows}
+
+
+def add_verdict(
+    store: Store, model: str, version: int, outcome: str, body: dict[str, Any], run_id: str | None
+) -> Verdict:
+    with store.writing() as connection:
+        done = connection.execute(
+            "INSERT INTO verdicts (model, version, outcome, body, run_id, created) VALUES (?,?,?,?,?,?)",
+            (model, version, outcome, dump(body), run_id, time.time()),
+        )
+        data = {"outcome": outcome, "verdict": done.lastrowid}
+        append_within(connection, new_event("ft/gates", "adapter.judged", f"{model}@{version}", data))
+    found = last_verdict(store, model, version)
+    assert found is not None
+    return found
+
+
+def last_verdict(store: Store, model: str, version: int) -> Verdict | None:
+    row = store.first(
+        "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
+    )
+    return Verdict(**{**row, "body": json.loads(row["body"])}) if row else None
+
+
+def promote(
+    store: Store, verdict: Verdict, *, by_whom: str, run_id: str | None = None, reason: str = "", person: bool = False
+) -> Promotion:
+    """Make the judged version `champion` and the champion before it `previous`.
+
+    Idempotent by `run_id`. Raises GateClosed if the verdict is no pass or the version was rolled back (unless a
+    `person` says so), Conflict if the champion is no longer the one that the verdict was made against.
+    """
+    model, version = verdict.model, verdict.version
+    with store.writing() as connection:
+        done = _promotion_of_run(connection, run_id)
+        if done is not None:
+            return done
+        if verdict.outcome != "pass" and not person:
+            raise GateClosed(f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict))
+        row = connection.execute(
+            "SELECT rolled_back FROM versions WHERE model = ? AND version = ?", (model, version)
+        ).fetchone()
+        if row["rolled_back"] and not person:
+            raise GateClosed(f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`")
+        champion = _alias(connection, model, "champion")
+        if champion == version:
+            raise Conflict(f"{model}@{version} is the champion already")
+        if champion != verdict.body.get("champion") and not person:
+            raise Conflict(
+                f"{model}@{version} was judged against {_named(verdict.body.get('champion'))}, "
+                f"and the champion is {_named(champion)} now",
+                fix=_judge_again(verdict),
+            )
+        return _move(connection, model, version, "promote", run_id, verdict.id, by_whom, reason)
+
+
+def roll_back(store: Store, model: str, *, by_whom: str, reason: str = "", to: int | None = None) -> Promotion:
+    """Make `previous` (or version `to`) champion again. What it replaces is not promoted again without a person."""
+    with store.writing() as connection:
+        champion = _alias(connection, model, "champion")
+        target = to if to is not None else _alias(connection, model, "previous")
+        if champion is None or target is None:
+            raise NotFound(f"{model} has no previous version to go back to", fix=f"`ft models {model}` lists its versions")
+        if target == champion:
+            raise Conflict(f"{model}@{target} is the champion already")
+        if not connection.execute(
+            "SELECT 1 FROM versions WHERE model = ? AND version = ?", (model, target)
+        ).fetchone():
+            raise NotFound(f"no version {model}@{target}", fix=f"`ft models {model}` lists them")
+        connection.execute(
+            "UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion)
+        )
+        return _move(connection, model, target, "rollback", None, None, by_whom, reason)
+
+
+def promotions(store: Store, model: str = "") -> list[Promotion]:
+    rows = store.read("SELECT * FROM promotions WHERE ? IN ('', model) ORDER BY id", (model,))
+    return [Promotion(**row) for row in rows]
+
+
+def unprojected_aliases(store: Store) -> list[tuple[str, str, int]]:
+    """(model, alias, version) that MLflow has not been told of yet."""
+    rows = store.read("SELECT model, alias, version FROM aliases WHERE projected IS NOT version")
+    return [(row["model"], row["alias"], row["version"]) for row in rows]
+
+
+def mark_projected(store: Store, model: str, alias: str, version: int) -> None:
+    with store.writing() as connection:
+        connection.execute(
+            "UPDATE aliases SET projected = ? WHERE model = ? AND alias = ?", (version, model, alias)
+        )
+
+
+def _move(
+    connection: sqlite3.Connection,
+    model: str,
+    version: int,
+    kind: str,
+    run_id: str | None,
+    verdict: int | None,
+    by_whom: str,
+    reason: str,
+) -> Promotion:
+    before = _alias(connection, model, "champion")
+    done = connection.execute(
+        "INSERT INTO promotions (model, version, from_version, kind, run_id, verdict, by_whom, reason, created) "
+        "VALUES (?,?,?,?,?,?,?,?,?)",
+        (model, version, before, kind, run_id, verdict, by_whom, reason, time.time()),
+    )
+    _set_alias(connection, model, "champion", version)
+    if before is not None:
+        _set_alias(connection, model, "previous", before)
+    type_ = "adapter.promoted" if kind == "promote" else "adapter.rolled_back"
+    data = {"from": before, "by": by_whom, "reason": reason, "run": run_id}
+    append_within(connection, new_event("ft/adapters", type_, f"{model}@{version}", data, key=str(done.lastrowid)))
+    row = connection.execute("SELECT * FROM promotions WHERE id = ?", (done.lastrowid,)).fetchone()
+    return Promotion(**dict(row))
+
+
+def _promotion_of_run(connection: sqlite3.Connection, run_id: str | None) -> Promotion | None:
+    row = connection.execute("SELECT * FROM promotions WHERE run_id = ?", (run_id,)).fetchone() if run_id else None
+    return Promotion(**dict(row)) if row else None
+
+
+def _alias(connection: sqlite3.Connection, model: str, alias: str) -> int | None:
+    row = connection.execute("SELECT version FROM aliases WHERE model = ? AND alias = ?", (model, alias)).fetchone()
+    return int(row["version"]) if row else None
+
+
+def _set_alias(connection: sqlite3.Connection, model: str, alias: str, version: int) -> None:
+    connection.execute(
+        "INSERT INTO aliases (model, alias, version, changed) VALUES (?,?,?,?) "
+        "ON CONFLICT (model, alias) DO UPDATE SET version = excluded.version, changed = excluded.changed",
+        (model, alias, version, time.time()),
+    )
+
+
+def _version(row: dict[str, Any]) -> Version:
+    return Version(**{**row, "body": json.loads(row["body"]), "rolled_back": bool(row["rolled_back"])})
+
+
+def _named(version: object) -> str:
+    return "none" if version is None else f"version {version}"
+
+
+def _judge_again(verdict: Verdict) -> str:
+    return f"judge it again with `ft gate {verdict.model}@{verdict.version}`"
