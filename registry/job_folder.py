@@ -1,0 +1,200 @@
+"""A job is a folder: what to do, who does it, how far it is, and the result that counts (HOUSE.md, section 6).
+
+    spec.json                   what to do (written once)
+    data/                       the pinned dataset version's files
+    lease.json                  the trainer's claim; names the accepted result's hash
+    stop.json                   asks for checkpoint-then-stop
+    progress/<epoch>-<n>.jsonl  one file per batch of progress lines, each written once
+    checkpoints/<epoch>-<step>/ complete only with its MANIFEST.json
+    adapter/                    the result, with MANIFEST.json and fingerprint.json
+    result.json                 counts only when its sha256 is in lease.json
+    log.txt                     what the trainer printed
+
+Changing the lease is a compare-and-set on its ETag (the content's sha256), as a bucket's If-Match is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from registry.manifest import broken_files
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who trains. `epoch` grows with every takeover, `beat` with every renewal, `result` is the accepted sha256."""
+
+    epoch: int
+    owner: str
+    pid: int
+    beat: int = 0
+    result: str | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A lease as read or written, with the ETag that a change of it must name."""
+
+    lease: Lease
+    etag: str
+
+
+class LeaseLost(Exception):
+    """Somebody else has changed the lease: stop, and publish nothing."""
+
+
+class JobFolder:
+    """One job's folder on a local (or shared) disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def work(self) -> Path:
+        """Scratch of whoever trains; nothing in it counts."""
+        return self.path / "work"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def write_spec(self, spec: dict[str, Any]) -> None:
+        """Written once: the same content again is fine, other content is an error."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False)
+        target = self.path / "spec.json"
+        if target.exists() and target.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{target} is there already, with other content")
+        _replace(target, text)
+
+    def spec(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "spec.json").read_text(encoding="utf-8")))
+
+    def lease(self) -> Held | None:
+        text = _read(self.path / "lease.json")
+        return Held(Lease(**json.loads(text)), _digest(text)) if text else None
+
+    def claim(self, owner: str, seen: Held | None) -> Held:
+        """Take the job: create the lease, or take over the one `seen`. Raises LeaseLost if another was faster."""
+        epoch = seen.lease.epoch + 1 if seen else 1
+        return self._swap(seen, Lease(epoch, owner, os.getpid()))
+
+    def renew(self, held: Held) -> Held:
+        return self._swap(held, replace(held.lease, beat=held.lease.beat + 1))
+
+    def accept(self, held: Held, result: dict[str, Any]) -> Held:
+        """Publish `result` as the one that counts. Raises LeaseLost, and then nothing was published."""
+        text = json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False)
+        # The lease first: who has lost it must not overwrite the winner's result.json.
+        accepted = self._swap(held, replace(held.lease, result=_digest(text)))
+        _replace(self.path / "result.json", text)
+        return accepted
+
+    def result(self) -> dict[str, Any] | None:
+        """The accepted result, None while there is none."""
+        held, text = self.lease(), _read(self.path / "result.json")
+        if held is None or text is None or held.lease.result != _digest(text):
+            return None
+        return dict(json.loads(text))
+
+    def ask_to_stop(self, reason: str) -> None:
+        _replace(self.path / "stop.json", json.dumps({"reason": reason}))
+
+    def stop_reason(self) -> str | None:
+        text = _read(self.path / "stop.json")
+        return str(json.loads(text)["reason"]) if text else None
+
+    def withdraw_stop(self) -> None:
+        (self.path / "stop.json").unlink(missing_ok=True)
+
+    def add_progress(self, epoch: int, number: int, lines: list[dict[str, Any]]) -> None:
+        """Write one batch of progress; `epoch` and `number` make its name, so it is written once."""
+        folder = self.path / "progress"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+        _replace(folder / f"{epoch:04d}-{number:06d}.jsonl", text)
+
+    def progress_files(self) -> list[Path]:
+        """Batches in the order in which they were written."""
+        return sorted((self.path / "progress").glob("*.jsonl"))
+
+    def progress(self) -> Iterator[dict[str, Any]]:
+        for file in self.progress_files():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                yield json.loads(line)
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Checkpoints whose every file is as their manifest says, the one with the most steps first."""
+        found = sorted(self.checkpoints.glob("*-*"), key=_steps_of, reverse=True)
+        return [each for each in found if not broken_files(each)]
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep` complete checkpoints, and half-written ones."""
+        kept = self.complete_checkpoints()[:keep]
+        for each in self.checkpoints.glob("*"):
+            if each not in kept:
+                shutil.rmtree(each, ignore_errors=True)
+
+    def _swap(self, seen: Held | None, new: Lease) -> Held:
+        with self._exclusive():
+            now = self.lease()
+            if (now.etag if now else None) != (seen.etag if seen else None):
+                raise LeaseLost(str(self.path))
+            text = json.dumps(asdict(new), sort_keys=True)
+            _replace(self.path / "lease.json", text)
+            return Held(new, _digest(text))
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _steps_of(checkpoint: Path) -> tuple[int, int]:
+    epoch, _, step = checkpoint.name.partition("-")
+    return (int(step), int(epoch)) if epoch.isdigit() and step.isdigit() else (-1, -1)
+
+
+def _replace(target: Path, text: str) -> None:
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(target)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
