@@ -103,11 +103,15 @@ class JobFolder:
     def renew(self, held: Held) -> Held:
         return self._swap(held, replace(held.lease, beat=held.lease.beat + 1))
 
-    def accept(self, held: Held, result: dict[str, Any]) -> Held:
-        """Publish `result` as the one that counts. Raises LeaseLost, and then nothing was published."""
+    def accept(self, held: Held, result: dict[str, Any], adapter: Path | None = None) -> Held:
+        """Publish `result` (and the folder `adapter`) as what counts. Raises LeaseLost: then nothing was published."""
         text = json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False)
-        # The lease first: who has lost it must not overwrite the winner's result.json.
+        # The lease first: who has lost it must not overwrite what the winner published. result.json last: killed
+        # before it, the job has no result and is done again from its last checkpoint.
         accepted = self._swap(held, replace(held.lease, result=_digest(text)))
+        if adapter:
+            shutil.rmtree(self.adapter, ignore_errors=True)
+            adapter.replace(self.adapter)
         _replace(self.path / "result.json", text)
         return accepted
 

@@ -1,0 +1,227 @@
+"""`python -m jobs.trainer FOLDER`: does the job in the folder, on whatever machine it lies.
+
+Claims the job, trains from the last complete checkpoint on, publishes one result. SIGTERM or stop.json: saves a
+checkpoint and stops. Knows neither DBOS nor MLflow: it only writes files, so neither can stop it.
+Exit codes: 0 the job has an accepted result, 1 it failed, 3 stopped, 4 somebody else has the job.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from jobs.trainers.task import BadData, Backend, Task, Trained
+from registry.base_models import BaseModel, base_path
+from registry.errors import FtError
+from registry.job_folder import Held, JobFolder, LeaseLost
+from registry.manifest import write_manifest
+from registry.project import Project, cache_folder
+from registry.recipe import Finetune
+
+BACKENDS = {"trl": "jobs.trainers.trl_sft"}
+RENEW_SECONDS = 5.0
+PROGRESS_SECONDS = 1.0
+OK, FAILED, STOPPED, TAKEN = 0, 1, 3, 4
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(run_job(JobFolder(Path(sys.argv[1]).resolve())))
+
+
+def run_job(job: JobFolder) -> int:
+    """Do the job unless it is done; the exit code."""
+    done = job.result()
+    if done and done["status"] == "ok":
+        return OK
+    try:
+        claim = Claim(job)
+    except LeaseLost:
+        return TAKEN
+    with claim.kept(), _sigterm_asks_to_stop(claim):
+        result = _attempt(job, claim)
+        return claim.publish(result)
+
+
+def _attempt(job: JobFolder, claim: Claim) -> dict[str, Any]:
+    """Train; the result, whatever happened."""
+    started = time.monotonic()
+    try:
+        task = _task(job, claim)
+        backend = _backend(task.recipe.train.backend)
+        trained = backend.train(task)
+        claim.flush()
+        if trained.stopped is None:
+            _finish_adapter(task, backend)
+        return _result(trained, time.monotonic() - started)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        claim.flush()
+        return {"status": "failed", **_explain(error, job), "seconds": round(time.monotonic() - started, 2)}
+
+
+def _task(job: JobFolder, claim: Claim) -> Task:
+    spec = job.spec()
+    base = BaseModel(**spec["base"])
+    # A trainer has no project: of its paths only the cache matters here.
+    project = Project(root=job.path, home=job.path, cache=cache_folder())
+    shutil.rmtree(job.work, ignore_errors=True)
+    job.work.mkdir()
+    return Task(
+        job=job,
+        recipe=Finetune.model_validate(spec["recipe"]),
+        base=base_path(project, base),
+        base_digest=base.digest,
+        epoch=claim.epoch,
+        report=claim.report,
+        stop=claim.stop_reason,
+    )
+
+
+def _backend(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(BACKENDS[name]))
+
+
+def _finish_adapter(task: Task, backend: Backend) -> None:
+    made = task.job.work / "adapter"
+    task.report({"stage": "fingerprint"})
+    (made / "fingerprint.json").write_text(json.dumps(backend.fingerprint(task)), encoding="utf-8")
+    write_manifest(made, base=task.base_digest, recipe=task.recipe.name)
+
+
+def _result(trained: Trained, seconds: float) -> dict[str, Any]:
+    return {
+        "status": "stopped" if trained.stopped else "ok",
+        "message": trained.stopped or "",
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "loss": trained.loss,
+        "eval_loss": trained.eval_loss,
+        "peak_memory": trained.peak_memory,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _explain(error: BaseException, job: JobFolder) -> dict[str, Any]:
+    """Class and message of a failure; the class decides whether trying again can help."""
+    if isinstance(error, BadData):
+        return {"class": "bad_data", "message": str(error)}
+    if isinstance(error, FtError):
+        return {"class": "bad_input", "message": str(error)}
+    if _is_disk_full(error, job):
+        shutil.rmtree(job.work, ignore_errors=True)
+        job.prune_checkpoints(keep=2)
+        return {"class": "disk_full", "message": f"the disk is full: {job.path}"}
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return {"class": "out_of_memory", "message": str(error)}
+    if isinstance(error, FloatingPointError):
+        return {"class": "diverged", "message": str(error)}
+    return {"class": "crash", "message": f"{type(error).__name__}: {error}"}
+
+
+def _is_disk_full(error: BaseException, job: JobFolder) -> bool:
+    # safetensors and torch wrap ENOSPC into errors of their own, without an errno.
+    seen: BaseException | None = error
+    while seen is not None:
+        if getattr(seen, "errno", None) == errno.ENOSPC or "No space left" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return "PytorchStreamWriter" in str(error) and shutil.disk_usage(job.path).free < 1 << 20
+
+
+class Claim:
+    """The trainer's hold on the job: renewed by a thread, lost for good once a renewal fails."""
+
+    def __init__(self, job: JobFolder) -> None:
+        self.job = job
+        self.held: Held = job.claim(f"{socket.gethostname()}/{os.getpid()}", job.lease())
+        self.epoch = self.held.lease.epoch
+        self.lines: list[dict[str, Any]] = []
+        self.files = 0
+        self.written = time.monotonic()
+        self.stopping: str | None = None
+        self.lock = threading.Lock()
+        self.over = threading.Event()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.over.set()
+            thread.join(timeout=RENEW_SECONDS)
+
+    def report(self, line: dict[str, Any]) -> None:
+        """Add a progress line; shipped in batches of a second."""
+        with self.lock:
+            self.lines.append({"time": time.time(), "epoch": self.epoch, **line})
+        if time.monotonic() - self.written > PROGRESS_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        with self.lock:
+            lines, self.lines = self.lines, []
+            if lines:
+                self.files += 1
+                try:
+                    self.job.add_progress(self.epoch, self.files, lines)
+                except OSError:
+                    # A full disk ends the run where the checkpoint is saved, with that as its reason.
+                    traceback.print_exc()
+        self.written = time.monotonic()
+
+    def stop_reason(self) -> str | None:
+        return self.stopping or self.job.stop_reason()
+
+    def publish(self, result: dict[str, Any]) -> int:
+        """Make the result the one that counts; a trainer that has lost its lease publishes nothing."""
+        try:
+            with self.lock:
+                adapter = self.job.work / "adapter" if result["status"] == "ok" else None
+                self.held = self.job.accept(self.held, result, adapter)
+        except LeaseLost:
+            return TAKEN
+        shutil.rmtree(self.job.work, ignore_errors=True)
+        return {"ok": OK, "stopped": STOPPED}.get(result["status"], FAILED)
+
+    def _renew(self) -> None:
+        while not self.over.wait(RENEW_SECONDS):
+            try:
+                with self.lock:
+                    self.held = self.job.renew(self.held)
+            except LeaseLost:
+                self.stopping = "another trainer has taken the job over"
+                return
+            except OSError:
+                traceback.print_exc()
+
+
+@contextmanager
+def _sigterm_asks_to_stop(claim: Claim) -> Iterator[None]:
+    def ask(*_: Any) -> None:
+        claim.stopping = "stopped by SIGTERM"
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()
