@@ -1,0 +1,368 @@
+"""THE workflow: a recipe becomes a judged, versioned, served adapter.
+
+Reads from top to bottom as the run goes. Every step is at least once, so each finds what an earlier attempt left:
+the job folder, the MLflow run and version (by our run's id), the scores (by content), the promotion (by run id).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dbos import DBOS
+
+from jobs.evaluation.evaluate import EvalRequest, evaluate
+from jobs.fetch_base import fetch_base
+from jobs.runtime import card_queue
+from jobs.steps import BENCH, Bench, State, at_work, step
+from jobs.targets.local_card import LocalCard
+from jobs.targets.target import Poll
+from registry import adapters, runs
+from registry.admission import admit
+from registry.base_models import BaseModel, base_path, parse_reference, refuse_use
+from registry.cards import marker, pick_card
+from registry.dataset_versions import Pinned, materialise, pin
+from registry.errors import EngineError, FtError, JobError, TrackerError, Trouble
+from registry.events import append, new_event, read
+from registry.gates import judge as judge_scores
+from registry.job_folder import JobFolder
+from registry.mlflow_store import RunFacts, Tracked, git_commit, tracker_for
+from registry.recipe import Finetune
+from serving.control import engine_for, server_status
+
+MAX_LORA_RANK = 64
+LOST_TRAINERS = 3
+WATCH_SECONDS = 0.3
+TRACK_SECONDS = 3.0
+SERVED_SECONDS = 300.0
+
+
+@DBOS.workflow(name="finetune")
+async def finetune(run_id: str) -> State:
+    """pin -> plan -> train on a card -> register -> evaluate where it will be served -> judge -> promote -> served."""
+    try:
+        await take_turn(run_id)
+        plan = await make_plan(run_id)
+        trained = await _on_card(plan, train_on_card, run_id)
+        version = await register(run_id, plan, trained)
+        scores = await _on_card(plan, evaluate_on_card, run_id, version)
+        verdict = await judge(run_id, version, scores)
+        if verdict["outcome"] == "pass" and plan["promote"] == "auto":
+            moved = await promote(run_id, verdict)
+            await wait_until_served(run_id, moved)
+        return await conclude(run_id, verdict)
+    except Exception as error:
+        _note_failure(run_id, error)
+        raise
+
+
+@DBOS.workflow(name="train_on_card")
+async def train_on_card(run_id: str, plan: State) -> State:
+    return await train(run_id, plan)
+
+
+@DBOS.workflow(name="evaluate_on_card")
+async def evaluate_on_card(run_id: str, plan: State, version: State) -> State:
+    return await ask_all(run_id, plan, version)
+
+
+@step("take turn")
+async def take_turn(bench: Bench, run_id: str) -> State:
+    """Wait for earlier runs of the same recipe."""
+    while ahead := runs.earlier_active(bench.store, bench.run(run_id)):
+        runs.set_stage(bench.store, run_id, f"waiting behind {ahead[-1]}")
+        await bench.outside("waiting", asyncio.sleep(WATCH_SECONDS))
+    return {}
+
+
+@step("plan")
+async def make_plan(bench: Bench, run_id: str) -> State:
+    """Pin the data, get the base model, choose the card, write the job's folder."""
+    recipe = bench.recipe(run_id)
+    pinned = await asyncio.to_thread(pin, bench.project, recipe.data.path)
+    refuse_use(recipe.use, recipe.base.model, recipe.base.licence or "")
+    fetching = asyncio.to_thread(fetch_base, bench.project, recipe.base)
+    base: BaseModel = await bench.outside("set-up", fetching)
+    refuse_use(recipe.use, base.source, base.licence)
+    card = pick_card(recipe.card)
+    job = JobFolder(bench.project.job_folder(run_id))
+    spec = {"job": run_id, "recipe": recipe.model_dump(mode="json"), "base": base.as_dict(), "dataset": pinned.hash,
+            "card": card.name}  # fmt: skip
+    await asyncio.to_thread(job.write_spec, spec)
+    await asyncio.to_thread(materialise, bench.project, pinned, job.data)
+    dataset = {"path": pinned.path, "hash": pinned.hash, "rows": pinned.rows}
+    runs.note_result(bench.store, run_id, dataset=dataset, base=base.as_dict(), card=card.name)
+    return {
+        "dataset": {**dataset, "files": pinned.files},
+        "base": base.as_dict(),
+        "card": card.name,
+        "promote": recipe.promote,
+        "commit": git_commit(bench.project.root),
+    }
+
+
+@step("train")
+async def train(bench: Bench, run_id: str, plan: State) -> State:
+    """Have a trainer do the job on the card; started again if it is lost, from its last checkpoint."""
+    card = pick_card(plan["card"])
+    target, folder = LocalCard(bench.project, card), bench.project.job_folder(run_id)
+    with marker(bench.project, card, "train"):
+        try:
+            poll = await _watch(bench, run_id, plan, target, folder)
+        except asyncio.CancelledError:
+            # Cancelled: the card is given back only when the trainer is really gone.
+            await asyncio.shield(asyncio.to_thread(target.cancel, folder, "the run was cancelled"))
+            raise
+    result = poll.result or {}
+    if result.get("status") != "ok":
+        raise _job_error(result, folder)
+    runs.note_result(bench.store, run_id, training=result)
+    return result
+
+
+@step("register")
+async def register(bench: Bench, run_id: str, plan: State, trained: State) -> State:
+    """Admit the adapter, register it in MLflow, and put it into its immutable folder."""
+    recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
+    job = JobFolder(bench.project.job_folder(run_id))
+    facts = await asyncio.to_thread(admit, job.adapter, base.digest, MAX_LORA_RANK)
+    tracker = tracker_for(bench.project, recipe)
+    tracked = await _begin_tracking(bench, run_id, plan)
+    await asyncio.to_thread(tracker.send_progress, tracked, job)
+    lineage = {
+        "base": base.source,
+        "base_revision": base.revision,
+        "base_digest": base.digest,
+        "licence": base.licence,
+        "dataset": plan["dataset"]["path"],
+        "dataset_hash": plan["dataset"]["hash"],
+        "recipe": recipe.name,
+        "recipe_digest": bench.run(run_id).digest,
+        "commit": plan["commit"],
+        "rank": facts["rank"],
+    }
+    number = await asyncio.to_thread(tracker.register, tracked, recipe.model, run_id, job.adapter, lineage)
+    folder = bench.project.adapter_folder(recipe.model, number)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(LocalCard(bench.project, pick_card(plan["card"])).fetch, job.path, folder)
+    body = {
+        **lineage,
+        "base": base.as_dict(),
+        "dataset": plan["dataset"],
+        "recipe": recipe.model_dump(mode="json"),
+        "admission": facts,
+        "training": trained,
+        "mlflow": asdict(tracked),
+    }
+    relative = str(folder.relative_to(bench.project.home))
+    adapters.add_version(bench.store, recipe.model, number, run_id, relative, body)
+    runs.note_result(bench.store, run_id, version=number)
+    return {"model": recipe.model, "version": number}
+
+
+@step("evaluate")
+async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> State:
+    """The candidate, the champion and the bare base answer the test split on the engine that will serve."""
+    recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
+    champion = adapters.aliases(bench.store, version["model"]).get("champion")
+    request = EvalRequest.for_version(
+        bench.project, bench.store, recipe, base, plan["dataset"], bench.project.job_folder(run_id) / "data",
+        candidate=version["version"], champion=champion,
+    )  # fmt: skip
+    card, started = pick_card(plan["card"]), time.monotonic()
+    runs.set_stage(bench.store, run_id, "starting the engine")
+    async with engine_for(bench.project, bench.store, bench.settings, base, recipe.serve, card) as engine:
+        bench.note_outside("engine", time.monotonic() - started)
+
+        def progress(done: int, total: int) -> None:
+            runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
+
+        asking = evaluate(bench.project, bench.store, engine, request, progress)
+        scored = await bench.outside("evaluation", asking)
+        stopping = time.monotonic()
+    bench.note_outside("engine", time.monotonic() - stopping)
+    return {"champion": champion, "scores": {name: each.as_dict() for name, each in scored.items()}}
+
+
+@step("judge")
+async def judge(bench: Bench, run_id: str, version: State, scores: State) -> State:
+    """What the gate says, written down beside the version."""
+    recipe = bench.recipe(run_id)
+    judged = judge_scores(recipe.gate, recipe.evaluate.task, *EvalRequest.subjects(scores))
+    verdict = adapters.add_verdict(
+        bench.store, version["model"], version["version"], judged.outcome, judged.body, run_id
+    )
+    runs.note_result(bench.store, run_id, verdict=judged.outcome, checks=judged.body["checks"], scores=_summary(scores))
+    return {"id": verdict.id, "outcome": verdict.outcome, **version}
+
+
+@step("promote")
+async def promote(bench: Bench, run_id: str, verdict: State) -> State:
+    """Move `champion`, if it still is the one that the verdict was made against."""
+    judged = adapters.last_verdict(bench.store, verdict["model"], verdict["version"])
+    assert judged is not None
+    done = adapters.promote(bench.store, judged, by_whom="ft", run_id=run_id, reason="the gate passed it")
+    runs.note_result(bench.store, run_id, promoted={"from": done.from_version, "to": done.version})
+    return {"model": done.model, "version": done.version, "from": done.from_version}
+
+
+@step("wait until served")
+async def wait_until_served(bench: Bench, run_id: str, moved: State) -> State:
+    """If a server is up for this base, wait for its swap; a version that it refuses goes back by itself."""
+    subject = f"{moved['model']}@{moved['version']}"
+    deadline = time.monotonic() + SERVED_SECONDS
+    while time.monotonic() < deadline:
+        answer = _what_server_said(bench, subject)
+        if answer and answer["type"] == "adapter.served":
+            runs.note_result(bench.store, run_id, served=answer["data"])
+            return {"served": True}
+        if answer:
+            _take_back(bench, moved, answer["data"])
+        status = await asyncio.to_thread(server_status, bench.store)
+        if status is None:
+            runs.note_result(bench.store, run_id, served=None)
+            return {"served": False}
+        await bench.outside("engine" if status.state != "serving" else "swap", asyncio.sleep(WATCH_SECONDS))
+    raise EngineError(f"{subject} was promoted, but is not served after {SERVED_SECONDS:.0f} s",
+                      fix="look at `ft serve status`, then `ft resume` the run or `ft rollback`")  # fmt: skip
+
+
+@step("conclude")
+async def conclude(bench: Bench, run_id: str, verdict: State) -> State:
+    """Tell MLflow the rest, and end the run. What MLflow cannot take now is taken from our store later."""
+    recipe, body = bench.recipe(run_id), adapters.version_of_run(bench.store, run_id).body
+    tracker, tracked = tracker_for(bench.project, recipe), Tracked(**body["mlflow"])
+    judged = adapters.last_verdict(bench.store, verdict["model"], verdict["version"])
+    assert judged is not None
+    scores = bench.run(run_id).result["scores"]
+    await asyncio.to_thread(tracker.log_scores, tracked, scores)
+    await asyncio.to_thread(tracker.tag_verdict, judged.model, judged.version, judged.outcome, judged.body)
+    await asyncio.to_thread(project_aliases, bench, recipe)
+    await asyncio.to_thread(tracker.end, tracked, "FINISHED")
+    outcome: runs.State = "succeeded" if verdict["outcome"] == "pass" else "refused"
+    runs.finish(bench.store, run_id, outcome)
+    return {"outcome": outcome}
+
+
+def project_aliases(bench: Bench, recipe: Finetune) -> None:
+    """Tell MLflow of the aliases that moved since it was told last."""
+    for model, alias, version in adapters.unprojected_aliases(bench.store):
+        if model == recipe.model:
+            tracker_for(bench.project, recipe).set_alias(model, alias, version)
+            adapters.mark_projected(bench.store, model, alias, version)
+
+
+def let_go(run_id: str) -> bool:
+    """Stop what still works for a cancelled run, without waiting; True when nothing does."""
+    folder = BENCH.get().project.job_folder(run_id)
+    if (folder / "spec.json").exists():
+        job = JobFolder(folder)
+        target = LocalCard(BENCH.get().project, pick_card(job.spec()["card"]))
+        if target.poll(folder).state == "running":
+            job.ask_to_stop("the run was cancelled")
+            return False
+        job.withdraw_stop()
+    return run_id not in at_work()
+
+
+async def _on_card(plan: State, workflow: Callable[..., Awaitable[State]], run_id: str, *rest: State) -> State:
+    """Run a child on the card's queue, where one works at a time. What it said went wrong is in the run's row."""
+    handle = await DBOS.enqueue_workflow_async(card_queue(plan["card"]), workflow, run_id, plan, *rest)  # type: ignore[arg-type]
+    return await handle.get_result(polling_interval_sec=WATCH_SECONDS)
+
+
+async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, folder: Path) -> Poll:
+    """Until the job is done: (re)start its trainer, show its stage, send its progress to MLflow."""
+    lost, tracking = 0, asyncio.create_task(_track(bench, run_id, plan, folder))
+    try:
+        while True:
+            poll = await asyncio.to_thread(target.poll, folder)
+            if poll.state == "done" and _is_final(bench, poll, folder):
+                return poll
+            if poll.state != "running":
+                lost += poll.state == "lost"
+                if lost > LOST_TRAINERS:
+                    raise JobError(f"the trainer died {lost} times", place=str(folder / "log.txt"),
+                                   fix=f"read it with `ft logs {run_id}`, then `ft resume {run_id}`")  # fmt: skip
+                runs.set_stage(bench.store, run_id, "train" if poll.state != "waiting" else f"train: {poll.note}")
+                await asyncio.to_thread(target.launch, folder)
+            kind = "waiting" if poll.state == "waiting" else "training"
+            await bench.outside(kind, asyncio.sleep(WATCH_SECONDS))
+    finally:
+        tracking.cancel()
+
+
+def _is_final(bench: Bench, poll: Poll, folder: Path) -> bool:
+    """A stop that nobody asks for any more (a resumed run's), and a failure of an attempt before this one, are not."""
+    result = poll.result or {}
+    if result["status"] == "ok":
+        return True
+    began = bench.started
+    return (folder / "result.json").stat().st_mtime >= began
+
+
+async def _track(bench: Bench, run_id: str, plan: State, folder: Path) -> None:
+    """Send progress as it comes. A tracker that is down stops nothing: what is not sent stays in the folder."""
+    tracker, tracked = tracker_for(bench.project, bench.recipe(run_id)), None
+    while True:
+        await asyncio.sleep(TRACK_SECONDS)
+        try:
+            tracked = tracked or await _begin_tracking(bench, run_id, plan)
+            await asyncio.to_thread(tracker.send_progress, tracked, JobFolder(folder))
+        except TrackerError as error:
+            append(bench.store, new_event("ft/runs", "run.tracker_away", run_id, error.as_dict(), key=f"{run_id}/away"))
+
+
+async def _begin_tracking(bench: Bench, run_id: str, plan: State) -> Tracked:
+    recipe = bench.recipe(run_id)
+    facts = RunFacts(run_id, recipe, bench.run(run_id).digest, plan["dataset"], plan["base"], plan["commit"])
+    return await asyncio.to_thread(tracker_for(bench.project, recipe).begin, facts)
+
+
+def _job_error(result: State, folder: Path) -> JobError:
+    advice = {
+        "bad_data": "change the dataset or the recipe, then `ft run` again",
+        "disk_full": "free disk space, then `ft resume`: the last checkpoint was kept",
+        "out_of_memory": "lower train.batch (and raise train.accumulate by as much)",
+        "diverged": "lower train.learning_rate",
+    }
+    kind = str(result.get("class") or result.get("status"))
+    what = f"training failed ({kind}): {result.get('message')}"
+    return JobError(what, place=str(folder / "log.txt"), fix=advice.get(kind, "read the log with `ft logs`, then `ft resume`"))
+
+
+def _what_server_said(bench: Bench, subject: str) -> dict[str, Any] | None:
+    since = bench.promoted_at(subject)
+    said = [event for event in read(bench.store, subject=subject)
+            if event.type in ("adapter.served", "adapter.refused") and event.time >= since]  # fmt: skip
+    return {"type": said[-1].type, "data": said[-1].data} if said else None
+
+
+def _take_back(bench: Bench, moved: State, reason: dict[str, Any]) -> None:
+    subject = f"{moved['model']}@{moved['version']}"
+    if moved["from"] is not None:
+        adapters.roll_back(bench.store, moved["model"], by_whom="ft", reason="the server refused it")
+    raise EngineError(f"the server refused {subject}: {reason.get('reason', reason)}",
+                      fix="`ft serve status` has the numbers; the version before it goes on answering")  # fmt: skip
+
+
+def _summary(scores: State) -> dict[str, dict[str, float]]:
+    return {name: each["metrics"] for name, each in scores["scores"].items()}
+
+
+def _note_failure(run_id: str, error: Exception) -> None:
+    known = error if isinstance(error, FtError) else Trouble(f"{type(error).__name__}: {error}", place=run_id)
+    # A child's error reaches the parent as text only; what the step itself wrote down is kept.
+    runs.finish(BENCH.get().store, run_id, "failed", known)
+
+
+def bind(project: Any, store: Any, settings: Any) -> None:
+    """Give the steps of this process their project, store and settings."""
+    BENCH.set(Bench(project, store, settings))
+
+
+__all__ = ["Pinned", "bind", "finetune", "let_go"]

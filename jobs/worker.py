@@ -1,0 +1,85 @@
+"""`python -m jobs.worker` (and `ft worker`): does the runs of this project, and ends when there is nothing to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+
+from jobs import runtime
+from jobs.finetune import bind, let_go
+from jobs.worker_process import close_gate, take_worker_lock
+from registry import runs
+from registry.errors import FtError
+from registry.project import Project, find_project
+from registry.settings import load_settings
+from registry.store import Store, open_store
+
+LOOK_SECONDS = 0.1
+
+
+def main() -> None:
+    try:
+        work(find_project())
+    except FtError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    # DBOS's own shutdown takes a second on SQLite, and everything is already written.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def work(project: Project, *, forever: bool = False) -> None:
+    """Work until idle for `worker_idle_seconds` (`forever`: until killed). Returns at once if a worker is on."""
+    lock = take_worker_lock(project)
+    if lock is None:
+        return
+    store, settings = open_store(project), load_settings(project)
+    bind(project, store, settings)
+    runtime.launch(project)
+    threading.Thread(target=_import_mlflow, name="mlflow", daemon=True).start()
+    idle_since = time.monotonic()
+    while True:
+        if _look(store):
+            idle_since = time.monotonic()
+        idle = time.monotonic() - idle_since
+        if not forever and idle > settings.worker_idle_seconds and _may_end(project, store):
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def _look(store: Store) -> bool:
+    """One look at the run rows; True while there is work. An error here must not end the worker."""
+    try:
+        runtime.agree(store, let_go)
+        return bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
+    except Exception:
+        traceback.print_exc()
+        time.sleep(1)
+        return True
+
+
+def _may_end(project: Project, store: Store) -> bool:
+    """With the gate closed nobody can submit; if there is still nothing to do, this process may end."""
+    gate = close_gate(project)
+    if gate is None:
+        return False
+    if runs.listed(store, active=True, limit=1) or _has_wishes(store):
+        os.close(gate)
+        return False
+    return True  # the gate stays closed until this process is gone, and the worker's lock with it
+
+
+def _has_wishes(store: Store) -> bool:
+    return store.first("SELECT 1 AS one FROM runs WHERE wish IS NOT NULL") is not None
+
+
+def _import_mlflow() -> None:
+    """Its import takes seconds; done while the run does something else."""
+    import mlflow  # noqa: F401
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Is a worker on, and starting one: what the CLI needs of it, without importing DBOS.
+
+Two locks make "submitted" imply "somebody will do it". A worker holds `worker.lock` while it lives. Who submits
+holds `gate.lock` shared while writing the run and looking for a worker; a worker that is about to end takes it
+exclusively, looks once more for work, and lets go of both only by ending.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from registry.project import Project
+
+
+@contextmanager
+def submitting(project: Project) -> Iterator[None]:
+    """While inside, no worker ends. Call `ensure_worker` before leaving."""
+    fd = _open(project, "gate.lock")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def ensure_worker(project: Project) -> bool:
+    """Start a worker unless one is on; True if one was started. It ends by itself when it has nothing to do."""
+    if worker_is_on(project):
+        return False
+    project.logs.mkdir(parents=True, exist_ok=True)
+    with (project.logs / "worker.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.worker"],
+            cwd=project.root,
+            env={**os.environ, "FT_PROJECT": str(project.root)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    # It outlives this command on purpose; without this, Popen warns of a process nobody waited for.
+    process.returncode = 0
+    return True
+
+
+def worker_is_on(project: Project) -> bool:
+    fd = _open(project, "worker.lock")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
+
+
+def take_worker_lock(project: Project) -> int | None:
+    """The lock's descriptor, kept open for the life of the worker; None if there is a worker already."""
+    fd = _open(project, "worker.lock")
+    for _ in range(50):  # somebody who only looks holds it shared for a moment
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if _is_held_for_long(fd):
+                break
+            continue
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        return fd
+    os.close(fd)
+    return None
+
+
+def close_gate(project: Project) -> int | None:
+    """Take the gate exclusively, so that nobody submits; None while somebody does."""
+    fd = _open(project, "gate.lock")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def worker_log_tail(project: Project, lines: int = 15) -> str:
+    log = project.logs / "worker.log"
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.exists() else ""
+
+
+def _is_held_for_long(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
+def _open(project: Project, name: str) -> int:
+    project.home.mkdir(parents=True, exist_ok=True)
+    return os.open(Path(project.home / name), os.O_RDWR | os.O_CREAT, 0o600)
