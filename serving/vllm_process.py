@@ -1,0 +1,191 @@
+"""One vLLM as a process: started for a base model on a card, waited for until it is healthy, stopped whole."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.base_models import BaseModel, base_path, context_length
+from registry.cards import Card, CardLock
+from registry.errors import EngineError
+from registry.project import Project
+from registry.recipe import Serve
+from registry.settings import Settings
+from serving import keeper
+from serving.engine import BASE, Engine
+from serving.vllm_env import ensure_vllm
+
+MAX_RANK = 64
+# Champion, previous, and one or two that are being judged, at once in a batch; more are kept in host memory.
+MAX_LORAS, MAX_CPU_LORAS = 4, 16
+LOG_BYTES = 10_000_000
+STOP_SECONDS = keeper.GRACE_SECONDS + 10
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What one vLLM is started for; `max_rank` is the largest LoRA rank it takes."""
+
+    base: BaseModel
+    serve: Serve
+    card: Card
+    max_rank: int = MAX_RANK
+
+
+class VllmProcess:
+    """A running vLLM, its client, and the pipe whose end of file makes its keeper end it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], pipe: int, engine: Engine, log: Path, log_start: int) -> None:
+        self._process, self._pipe = process, pipe
+        self.engine, self.log, self.log_start = engine, log, log_start
+
+    @property
+    def pid(self) -> int:
+        """Of the keeper, which is also the process group that vLLM is in."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    async def ended(self, poll: float = 0.1) -> None:
+        """Return when it has ended, for whatever reason."""
+        while self.running:
+            await asyncio.sleep(poll)
+
+    async def stop(self) -> None:
+        """End it whole and free the card; nothing if it has ended already."""
+        await self.engine.close()
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.ended(), STOP_SECONDS)
+        # Also when the keeper has ended: somebody may have killed the keeper alone.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        await self.ended()
+
+    def last_words(self, lines: int = 12) -> str:
+        """The end of what this vLLM wrote to its log."""
+        with self.log.open("rb") as source:
+            source.seek(max(self.log_start, self.log.stat().st_size - 20_000))
+            return "\n".join(source.read().decode(errors="replace").splitlines()[-lines:])
+
+
+async def start_vllm(project: Project, settings: Settings, config: EngineConfig, lock: CardLock) -> VllmProcess:
+    """Start vLLM under the card's lock and wait until it answers. Raises EngineError, MissingPart, BaseModelError."""
+    python = await asyncio.to_thread(ensure_vllm, project, settings, config.card)
+    folder = await asyncio.to_thread(base_path, project, config.base)
+    port, key = settings.engine_port or free_port(), secrets.token_urlsafe(32)
+    log = _open_log(project)
+    process, pipe = _spawn(
+        [str(python), "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(config, folder, port)],
+        {**_environment(config), "VLLM_API_KEY": key},
+        lock,
+        log,
+    )
+    engine = Engine(f"http://127.0.0.1:{port}", key)
+    started = VllmProcess(process, pipe, engine, log, log.stat().st_size)
+    try:
+        await _until_healthy(started, settings.engine_start_seconds)
+    except BaseException:
+        await asyncio.shield(started.stop())
+        raise
+    return started
+
+
+def vllm_arguments(config: EngineConfig, folder: Path, port: int) -> list[str]:
+    """The command line of vLLM 0.32 for that base. The key is not in it: others on this host can read it."""
+    options = {
+        "model": folder,
+        "served-model-name": BASE,
+        "host": "127.0.0.1",
+        "port": port,
+        # More than one forgets: run-time LoRA loading reaches only one of several API servers.
+        "api-server-count": 1,
+        "max-loras": MAX_LORAS,
+        "max-cpu-loras": MAX_CPU_LORAS,
+        "max-lora-rank": config.max_rank,
+        "max-model-len": min(config.serve.max_context, context_length(folder)),
+        "max-num-seqs": config.serve.concurrency,
+        "dtype": "bfloat16",
+        "uvicorn-log-level": "warning",
+    }
+    flags = ["--enable-lora", "--disable-uvicorn-access-log", *(["--enforce-eager"] if config.card.is_cpu else [])]
+    return [*flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    # PYTHON*: our own search path (a project has a folder `datasets`) must not leak into vLLM's environment.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FT_", "MLFLOW_"))}
+    card = (
+        {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.serve.memory_gb)))}
+        if config.card.is_cpu
+        else {"CUDA_VISIBLE_DEVICES": str(config.card.index)}
+    )
+    return {
+        **kept,
+        **card,
+        "PYTHONSAFEPATH": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _spawn(command: list[str], environment: dict[str, str], lock: CardLock, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    ours, theirs = os.pipe()[::-1]
+    try:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(keeper.__file__)), str(theirs), *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(theirs, lock.fd),
+            )
+    except OSError as error:
+        os.close(ours)
+        raise EngineError(f"vLLM cannot be started: {error}", place=command[0]) from error
+    finally:
+        os.close(theirs)
+    return process, ours
+
+
+def _open_log(project: Project) -> Path:
+    project.logs.mkdir(parents=True, exist_ok=True)
+    log = project.logs / "engine.log"
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        log.replace(log.with_suffix(".log.1"))
+    log.touch()
+    return log
+
+
+async def _until_healthy(started: VllmProcess, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not await started.engine.healthy():
+        if not started.running:
+            raise EngineError(f"vLLM ended while it started:\n{started.last_words()}", place=str(started.log),
+                              fix="its log says more; `ft doctor` shows memory and what is missing")  # fmt: skip
+        if time.monotonic() > deadline:
+            raise EngineError(f"vLLM did not answer within {seconds:.0f} s:\n{started.last_words()}",
+                              place=str(started.log), fix="give it longer with FT_ENGINE_START_SECONDS")  # fmt: skip
+        await asyncio.sleep(0.2)
