@@ -1,0 +1,55 @@
+# `make demo` shows the whole loop, `make test` checks everything. Both make their own environment;
+# they need Python 3.11, git and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# uv does not read pip's configuration: a find-links folder (say with a CPU build of torch) is passed on if it exists.
+FIND_LINKS := $(shell for d in "$$UV_FIND_LINKS" "$$PIP_FIND_LINKS" "$$($(PYTHON) -m pip config get global.find-links 2>/dev/null)"; do if [ -n "$$d" ] && [ -d "$$d" ]; then echo "$$d"; break; fi; done)
+ifneq ($(FIND_LINKS),)
+export UV_FIND_LINKS := $(FIND_LINKS)
+endif
+UV = $(shell command -v uv || echo $(BIN)/uv)
+DEMO ?= .ft/demo
+
+.PHONY: setup demo test check unit serve-only docs constraints clean
+
+setup: $(VENV)/.made
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[train,serve,dev]'
+	touch $@
+
+demo: setup ## The whole loop on this machine, in a project of its own below .ft/
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m cli.demo $(DEMO)
+
+test: check unit serve-only ## Format, lint, types, layers, and the test suite
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup
+	$(BIN)/python -m pytest -q
+
+# serving and registry must work on a host without dbos, torch and trl.
+serve-only: $(VENV)-serve/.made
+	$(VENV)-serve/bin/python -m pytest -q -m "not engine and not training" tests/registry tests/serving tests/test_serve_only.py
+
+$(VENV)-serve/.made: pyproject.toml constraints.txt $(VENV)/.made
+	$(PYTHON) -m venv $(VENV)-serve
+	$(UV) pip install --quiet --python $(VENV)-serve/bin/python -c constraints.txt -e '.[serve]' pytest pytest-timeout hypothesis
+	touch $@
+
+docs: setup ## What is generated: the recipes' schema, the picture of a run
+	$(BIN)/ft recipe schema > docs/recipe.schema.json
+
+# Made without find-links, so that no path or address of this machine gets in.
+constraints: setup
+	env -u UV_FIND_LINKS $(UV) pip compile --quiet --no-header --no-annotate --all-extras --python-version 3.11 pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf $(VENV) $(VENV)-serve .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
