@@ -91,7 +91,8 @@ class LocalCard:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=[lock.fd],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": visible, "FT_CACHE": str(self.project.cache)},
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": visible, "FT_CACHE": str(self.project.cache),
+                     "PYTHONUNBUFFERED": "1"},  # fmt: skip
             )
         _started.append(trainer)
 

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from jobs.trainers.chat_tokens import Encoded, encode
@@ -29,6 +30,7 @@ EVAL_ROWS = 48
 
 
 def train(task: Task) -> Trained:
+    transformers_logging.disable_progress_bar()  # its bars fill log.txt with thousands of characters
     tokenizer = AutoTokenizer.from_pretrained(task.base)
     model = _adapted_model(task)
     meter = ProgressMeter(task.report)
