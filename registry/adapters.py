@@ -67,7 +67,9 @@ class Promotion:
     created: float
 
 
-def add_version(store: Store, model: str, version: int, run_id: str, folder: str, body: dict[str, Any]) -> Version:
+def add_version(
+    store: Store, model: str, version: int, run_id: str, folder: str, body: dict[str, Any]
+) -> Version:
     """Write down a version and make it `candidate`. The same run again gets what it got before."""
     with store.writing() as connection:
         row = connection.execute("SELECT version FROM versions WHERE run_id = ?", (run_id,)).fetchone()
@@ -77,7 +79,9 @@ def add_version(store: Store, model: str, version: int, run_id: str, folder: str
                 (model, version, run_id, folder, dump(body), time.time()),
             )
             _set_alias(connection, model, "candidate", version)
-            event = new_event("ft/adapters", "adapter.registered", f"{model}@{version}", {"run": run_id}, key=run_id)
+            event = new_event(
+                "ft/adapters", "adapter.registered", f"{model}@{version}", {"run": run_id}, key=run_id
+            )
             append_within(connection, event)
     return version_of_run(store, run_id)
 
@@ -85,7 +89,9 @@ def add_version(store: Store, model: str, version: int, run_id: str, folder: str
 def version_of_run(store: Store, run_id: str) -> Version:
     row = store.first("SELECT * FROM versions WHERE run_id = ?", (run_id,))
     if row is None:
-        raise NotFound(f"run {run_id} has registered no version", fix=f"`ft show {run_id}` says how far it came")
+        raise NotFound(
+            f"run {run_id} has registered no version", fix=f"`ft show {run_id}` says how far it came"
+        )
     return _version(row)
 
 
@@ -103,7 +109,9 @@ def find_version(store: Store, reference: str) -> Version:
     number = int(which) if which.isdigit() else aliases(store, model).get(which)
     if number is None:
         has = ", ".join(f"{alias} = {version}" for alias, version in aliases(store, model).items())
-        raise NotFound(f"{model} has no '{which}'", fix=f"it has: {has or 'no version'}; `ft models` lists all models")
+        raise NotFound(
+            f"{model} has no '{which}'", fix=f"it has: {has or 'no version'}; `ft models` lists all models"
+        )
     return get_version(store, model, number)
 
 
@@ -140,7 +148,13 @@ def last_verdict(store: Store, model: str, version: int) -> Verdict | None:
 
 
 def promote(
-    store: Store, verdict: Verdict, *, by_whom: str, run_id: str | None = None, reason: str = "", person: bool = False
+    store: Store,
+    verdict: Verdict,
+    *,
+    by_whom: str,
+    run_id: str | None = None,
+    reason: str = "",
+    person: bool = False,
 ) -> Promotion:
     """Make the judged version `champion` and the champion before it `previous`.
 
@@ -153,12 +167,16 @@ def promote(
         if done is not None:
             return done
         if verdict.outcome != "pass" and not person:
-            raise GateClosed(f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict))
+            raise GateClosed(
+                f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict)
+            )
         row = connection.execute(
             "SELECT rolled_back FROM versions WHERE model = ? AND version = ?", (model, version)
         ).fetchone()
         if row["rolled_back"] and not person:
-            raise GateClosed(f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`")
+            raise GateClosed(
+                f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`"
+            )
         champion = _alias(connection, model, "champion")
         if champion == version:
             raise Conflict(f"{model}@{version} is the champion already")
@@ -171,13 +189,18 @@ def promote(
         return _move(connection, model, version, "promote", run_id, verdict.id, by_whom, reason)
 
 
-def roll_back(store: Store, model: str, *, by_whom: str, reason: str = "", to: int | None = None) -> Promotion:
+def roll_back(
+    store: Store, model: str, *, by_whom: str, reason: str = "", to: int | None = None
+) -> Promotion:
     """Make `previous` (or version `to`) champion again. What it replaces is not promoted again without a person."""
     with store.writing() as connection:
         champion = _alias(connection, model, "champion")
         target = to if to is not None else _alias(connection, model, "previous")
         if champion is None or target is None:
-            raise NotFound(f"{model} has no previous version to go back to", fix=f"`ft models {model}` lists its versions")
+            raise NotFound(
+                f"{model} has no previous version to go back to",
+                fix=f"`ft models {model}` lists its versions",
+            )
         if target == champion:
             raise Conflict(f"{model}@{target} is the champion already")
         if not connection.execute(
@@ -229,18 +252,26 @@ def _move(
         _set_alias(connection, model, "previous", before)
     type_ = "adapter.promoted" if kind == "promote" else "adapter.rolled_back"
     data = {"from": before, "by": by_whom, "reason": reason, "run": run_id}
-    append_within(connection, new_event("ft/adapters", type_, f"{model}@{version}", data, key=str(done.lastrowid)))
+    append_within(
+        connection, new_event("ft/adapters", type_, f"{model}@{version}", data, key=str(done.lastrowid))
+    )
     row = connection.execute("SELECT * FROM promotions WHERE id = ?", (done.lastrowid,)).fetchone()
     return Promotion(**dict(row))
 
 
 def _promotion_of_run(connection: sqlite3.Connection, run_id: str | None) -> Promotion | None:
-    row = connection.execute("SELECT * FROM promotions WHERE run_id = ?", (run_id,)).fetchone() if run_id else None
+    row = (
+        connection.execute("SELECT * FROM promotions WHERE run_id = ?", (run_id,)).fetchone()
+        if run_id
+        else None
+    )
     return Promotion(**dict(row)) if row else None
 
 
 def _alias(connection: sqlite3.Connection, model: str, alias: str) -> int | None:
-    row = connection.execute("SELECT version FROM aliases WHERE model = ? AND alias = ?", (model, alias)).fetchone()
+    row = connection.execute(
+        "SELECT version FROM aliases WHERE model = ? AND alias = ?", (model, alias)
+    ).fetchone()
     return int(row["version"]) if row else None
 
 

@@ -18,7 +18,11 @@ from registry.recipe import Base
 
 # Non-commercial bases: name pattern, licence, reason. Read 2026-11 (model cards and licence files on the hub).
 NON_COMMERCIAL = [
-    (r"exaone-3\.5", "EXAONE AI Model License 1.1 - NC", "it bars commercial use of the model, derivatives and outputs"),
+    (
+        r"exaone-3\.5",
+        "EXAONE AI Model License 1.1 - NC",
+        "it bars commercial use of the model, derivatives and outputs",
+    ),
     (r"solar-10\.7b-instruct", "CC-BY-NC-4.0", "CC BY-NC allows no commercial use"),
     (r"qwen2\.5-3b", "Qwen Research License", "of Qwen2.5, the 3B is licensed for research only"),
 ]
@@ -53,12 +57,16 @@ def parse_reference(model: str, root: Path) -> Reference:
     if model.startswith("pypi:"):
         name = model.removeprefix("pypi:")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!]+)?", name):
-            raise BaseModelError(f"'{model}' names no wheel", place="base.model", fix="write pypi:NAME==VERSION")
+            raise BaseModelError(
+                f"'{model}' names no wheel", place="base.model", fix="write pypi:NAME==VERSION"
+            )
         return Reference("pypi", name, "pypi-" + name.replace("==", "-"))
     if model.startswith(("./", "../", "/", "~")):
         folder = (root / Path(model).expanduser()).resolve()
         if not (folder / "config.json").is_file():
-            raise BaseModelError("no base model here (no config.json)", place=str(folder), fix="check base.model")
+            raise BaseModelError(
+                "no base model here (no config.json)", place=str(folder), fix="check base.model"
+            )
         return Reference("local", str(folder), f"local-{folder.name}")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return Reference("hub", model, "hub-" + model.replace("/", "--"))
@@ -75,7 +83,9 @@ def refuse_use(use: str, model: str, licence: str) -> None:
         return
     for pattern, name, reason in NON_COMMERCIAL:
         if re.search(pattern, model, re.IGNORECASE):
-            raise BaseModelError(f"{model} is under {name}: {reason}", place="use: commercial", fix=_other_base())
+            raise BaseModelError(
+                f"{model} is under {name}: {reason}", place="use: commercial", fix=_other_base()
+            )
     if NON_COMMERCIAL_LICENCE.search(licence):
         raise BaseModelError(f"{model} is under {licence}, which is non-commercial", place="use: commercial",
                              fix=_other_base())  # fmt: skip

@@ -53,7 +53,9 @@ def pick_card(wanted: str) -> Card:
         if wanted in ("auto", card.name, card.name.replace("-", ":")):
             return card
     raise WrongInput(
-        f"no card '{wanted}' on this host", place="card", fix=f"there is: {', '.join(each.name for each in cards)}"
+        f"no card '{wanted}' on this host",
+        place="card",
+        fix=f"there is: {', '.join(each.name for each in cards)}",
     )
 
 
@@ -112,7 +114,9 @@ def wanted(project: Project, card: Card, purpose: Purpose) -> bool:
     return found
 
 
-def lock_when_free(project: Project, card: Card, holder_: str, stop: Callable[[], bool], poll: float = 0.2) -> CardLock:
+def lock_when_free(
+    project: Project, card: Card, holder_: str, stop: Callable[[], bool], poll: float = 0.2
+) -> CardLock:
     """Wait for the card. Raises Trouble when `stop` says so."""
     while True:
         if lock := try_lock(project, card, holder_):

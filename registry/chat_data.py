@@ -1,7 +1,7 @@
-"""Chat data: JSONL files of {"messages": [{"role", "content"}, ...]}, one chat per line, and folders of three splits.
+"""Chat data: JSONL files, one {"messages": [{"role", "content"}, ...]} per line, in folders of three splits.
 
-Reading is strict and reports all errors at once, each with its file and line. A byte order mark and blank lines
-are tolerated. `load_rows` reads one file, `check_dataset` a whole folder.
+Reading is strict and reports all errors at once, each with its file and line. A byte order mark and blank
+lines are tolerated. `load_rows` reads one file, `check_dataset` a whole folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def question(self) -> str:
-        """What was said before the answer, without system messages, case and spacing: equal for equal questions."""
+        """What was said before the answer, without system messages, case and spacing: the row's identity."""
         said = (each["content"] for each in self.prompt if each["role"] != "system")
         return "\n".join(" ".join(text.split()).casefold() for text in said)
 
@@ -56,7 +56,7 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def check_dataset(folder: Path) -> dict[str, int]:
-    """Rows of each split. Raises DataError with all errors: of rows, missing splits, a question in two splits."""
+    """Rows of each split. Raises DataError with all errors: bad rows, no split, a question in two splits."""
     problems: list[str] = []
     found: dict[Path, list[tuple[int, Row]]] = {}
     for split in SPLITS:
@@ -76,8 +76,8 @@ def read_rows(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
     """(line number, row) of every good line, and `file:line: what` of every bad one."""
     rows: list[tuple[int, Row]] = []
     problems: list[str] = []
-    for line, value, wrong in read_lines(path):
-        wrong = wrong or "; ".join(_wrong_in_row(value))
+    for line, value, unreadable in read_lines(path):
+        wrong = unreadable or "; ".join(_wrong_in_row(value))
         if wrong:
             problems.append(f"{path}:{line}: {wrong}" if line else f"{path}: {wrong}")
         else:
@@ -86,7 +86,7 @@ def read_rows(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """(line number, JSON value, what is wrong) of each line that is not blank; line 0 means the whole file."""
+    """(line number, JSON value, what is wrong) of each line that is not blank; line 0: the whole file."""
     try:
         raw = path.read_bytes()
     except OSError as error:

@@ -70,9 +70,9 @@ def import_rows(path: Path, mapping: Mapping) -> list[Row]:
 def split_rows(
     rows: list[Row], *, eval_part: float, test_part: float, seed: int, test_rows: list[Row] | None = None
 ) -> Splits:
-    """Split by rank of sha256(seed, question) within each label, or over all rows where answers are no labels.
+    """Split by rank of sha256(seed, question) in each label, or over all rows where answers are no labels.
 
-    A row's rank hardly depends on the others, so that rows added later leave nearly all others in their split.
+    A row's hash does not depend on the others, so rows added later leave nearly all of them in their split.
     Rows of `test_rows` are the whole test split. Raises DataError where a split would be empty.
     """
     held_out, repeated = _without_repeats(test_rows or [], set())
@@ -123,8 +123,8 @@ def _chats(path: Path) -> list[Row]:
         )
     rows, problems = read_rows(path)
     flat = not rows and any("unknown key" in each and "no messages" in each for each in problems)
-    refuse(problems, fix="for rows that are plain objects, name the columns: --prompt COLUMN --answer COLUMN" if flat else
-           "correct these lines")  # fmt: skip
+    naming = "rows of plain columns need their names: --prompt COLUMN --answer COLUMN"
+    refuse(problems, fix=naming if flat else "correct these lines")
     return [row for _, row in rows]
 
 

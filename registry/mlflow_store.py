@@ -94,7 +94,9 @@ class Tracker:
         with self._client("cannot register the adapter") as client:
             _ensure_model(client, model)
             done = [
-                each for each in client.search_model_versions(f"name = '{model}'") if each.tags.get(RUN_TAG) == run_id
+                each
+                for each in client.search_model_versions(f"name = '{model}'")
+                if each.tags.get(RUN_TAG) == run_id
             ]
             if done:
                 return int(done[0].version)
@@ -143,7 +145,11 @@ class Tracker:
         if ready:
             return ready[0]
         logged = client.create_logged_model(
-            tracked.experiment_id, name=model, source_run_id=tracked.run_id, tags={RUN_TAG: run_id}, model_type="lora"
+            tracked.experiment_id,
+            name=model,
+            source_run_id=tracked.run_id,
+            tags={RUN_TAG: run_id},
+            model_type="lora",
         )
         client.log_model_artifacts(logged.model_id, str(folder))
         return client.finalize_logged_model(logged.model_id, "READY")

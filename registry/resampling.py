@@ -67,7 +67,7 @@ class LabelTable:
     said: Array
 
     def macro_f1(self, weights: Array) -> Array:
-        """Mean F1 over the labels that are expected at least once, for each row of `weights` (draws x rows)."""
+        """Mean F1 over the labels that are expected at least once; one value per row of `weights`."""
         there = weights @ self.expected > 0
         return np.asarray((self.f1(weights) * there).sum(axis=1) / there.sum(axis=1))
 

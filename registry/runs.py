@@ -56,7 +56,9 @@ class Step:
     note: dict[str, Any]
 
 
-def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, *, queue: bool = False) -> Run:
+def submit(
+    store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, *, queue: bool = False
+) -> Run:
     """Write the row of a new run. Raises Conflict while another run of the recipe is on, unless `queue`."""
     name, run_id = str(recipe["name"]), f"{recipe['name']}-{secrets.token_hex(5)}"
     now = time.time()
@@ -165,7 +167,8 @@ def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:
     """Write down that a step starts; the attempt's number, 1 for the first."""
     with store.writing() as connection:
         row = connection.execute(
-            "SELECT coalesce(max(attempt), 0) + 1 AS n FROM steps WHERE run_id = ? AND name = ?", (run_id, name)
+            "SELECT coalesce(max(attempt), 0) + 1 AS n FROM steps WHERE run_id = ? AND name = ?",
+            (run_id, name),
         ).fetchone()
         connection.execute(
             "INSERT INTO steps (run_id, name, attempt, started, kind) VALUES (?,?,?,?,?)",

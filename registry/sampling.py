@@ -13,8 +13,8 @@ from registry.chat_data import Row
 def pick_rows(rows: Sequence[Row], most: int | None, seed: int) -> list[Row]:
     """At most `most` rows, spread evenly over the answers (the labels), in the order in which they came.
 
-    Deterministic: a row's place in the draw is a hash of the seed and the row itself, so that neither the order
-    of the file nor rows that are added to it change much of what was picked before.
+    Deterministic: a row's place in the draw is a hash of the seed and the row itself, so that neither
+    the order of the file nor rows that are added to it change much of what was picked before.
     """
     if most is None or most >= len(rows):
         return list(rows)

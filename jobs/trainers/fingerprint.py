@@ -43,7 +43,11 @@ def make_fingerprint(
     else:
         _measure_plain(plain_base, adapter, samples)
     template = (tokenizer.chat_template or "").encode()
-    return {"template_sha256": hashlib.sha256(template).hexdigest(), "precision": precision, "samples": samples}
+    return {
+        "template_sha256": hashlib.sha256(template).hexdigest(),
+        "precision": precision,
+        "samples": samples,
+    }
 
 
 def _sample(model: Any, tokenizer: Any, messages: Messages) -> dict[str, Any]:

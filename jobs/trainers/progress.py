@@ -25,7 +25,12 @@ class ProgressMeter:
         """Raises FloatingPointError when the loss is no number any more: more steps would not mend it."""
         seconds, done = time.monotonic() - self.started, step - self.first
         self.tokens = int(logs.get("num_tokens", self.tokens))
-        line: dict[str, Any] = {"step": step, "steps": self.steps, "memory": memory, "seconds": round(seconds, 2)}
+        line: dict[str, Any] = {
+            "step": step,
+            "steps": self.steps,
+            "memory": memory,
+            "seconds": round(seconds, 2),
+        }
         for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
             if name in logs:
                 line[name] = logs[name]

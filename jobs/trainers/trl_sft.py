@@ -25,7 +25,12 @@ from registry.sampling import pick_rows
 
 # What of a saved adapter is kept: never TRL's training_args.bin, which is a pickle.
 ADAPTER_FILES = ["adapter_model.safetensors", "adapter_config.json"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
 EVAL_ROWS = 48
 
 
@@ -193,7 +198,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.begin(state.global_step, state.max_steps)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         self.meter.log(state.global_step, logs or {}, _peak_memory())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,0 +1,37 @@
+"""What a subject is asked. A tuned version gets the messages as they are; the bare base gets the task spelt out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from registry.recipe import Evaluate
+
+# Part of every score's key: raise it when `spell_out` says something else, so that old answers are not reused.
+PROMPT_VERSION = 1
+Messages = list[dict[str, str]]
+
+
+def spell_out(messages: Messages, task: Evaluate, labels: Sequence[str]) -> Messages:
+    """The same messages with the task told at the end of the last user turn: the labels, or the schema.
+
+    A tuned version has seen hundreds of examples, the bare base none: without the list of labels it could not
+    know what is wanted, and beating it would say nothing. The user's turn carries it, because some models' chat
+    templates have no system turn. Free text has nothing to spell out.
+    """
+    told = _instruction(task, labels)
+    if not told:
+        return messages
+    last = max(at for at, message in enumerate(messages) if message["role"] == "user")
+    changed = {**messages[last], "content": f"{messages[last]['content']}\n\n{told}"}
+    return [*messages[:last], changed, *messages[last + 1 :]]
+
+
+def _instruction(task: Evaluate, labels: Sequence[str]) -> str:
+    if task.task == "label":
+        listed = "\n".join(f"- {label}" for label in labels)
+        return f"Answer with exactly one of these labels, and nothing else:\n{listed}"
+    if task.task == "json":
+        schema = json.dumps(task.json_schema, ensure_ascii=False)
+        return f"Answer with one JSON object that follows this JSON schema, and nothing else:\n{schema}"
+    return ""
