@@ -61,8 +61,8 @@ async def ask_rows(
 ) -> list[Answer]:
     """The answers of the model `name`, in the questions' order, at temperature 0.
 
-    `progress(done, total)` is called after each. Raises EngineError when more rows fail than `patience` tolerates:
-    scores of an engine that is down would be a verdict on the engine.
+    `progress(done, total)` is called after each. Raises EngineError when more rows fail than `patience`
+    tolerates: scores of an engine that is down would be a verdict on the engine.
     """
     answers: list[Answer | None] = [None] * len(questions)
     waiting = iter(range(len(questions)))
@@ -89,7 +89,7 @@ async def ask_rows(
         raise several.exceptions[0] from None
     if _too_many(failed, len(questions), patience):
         raise EngineError(
-            f"{name} gave no answer to {len(failed)} questions, so it cannot be scored; the first: {failed[0].error}",
+            f"{name} gave no answer to {len(failed)} questions, so it has no score; the first: {failed[0].error}",
             fix="look at the engine's log (`ft serve status` names it); a prompt that is too long needs "
             "more serve.max_context",
         )

@@ -1,4 +1,4 @@
-"""Evaluation: the candidate, the champion and the bare base answer the same held-out rows, where they will serve.
+"""Evaluation: candidate, champion and bare base answer the same held-out rows, where they will serve.
 
 `EvalRequest` says who is asked what; `evaluate` asks those who have no kept score yet and returns all scores.
 """
@@ -35,7 +35,7 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is asked. `folder` is relative to the project's `.ft`; version, folder and model are empty for the base."""
+    """Who is asked. `folder` is relative to the project's `.ft`; the base has neither it nor a version."""
 
     role: str
     name: str
@@ -82,7 +82,7 @@ class EvalRequest:
         data: Path,
         **versions: int | None,
     ) -> EvalRequest:
-        """`versions` are numbers of the recipe's model by role (candidate, champion); the bare base comes last.
+        """`versions` are numbers of the recipe's model by role (candidate, champion); the base comes last.
 
         `dataset` has the `hash` of the version whose splits lie in the folder `data`. A candidate that is the
         champion is compared with the bare base.
@@ -118,7 +118,7 @@ class EvalRequest:
 
     @staticmethod
     def subjects(state: Mapping[str, Any]) -> tuple[Scored, Scored | None, Scored]:
-        """Candidate, champion (if there was one) and base, as the gate takes them; from plain JSON by role."""
+        """Candidate, champion (if there was one) and base, for the gate; from plain JSON by role."""
         scores = {role: Scored.from_dict(stored) for role, stored in state["scores"].items()}
         return scores[CANDIDATE], scores.get(CHAMPION), scores[BASE]
 
@@ -131,7 +131,7 @@ async def evaluate(
     progress: Progress,
     patience: Patience | None = None,
 ) -> dict[str, Scored]:
-    """Scores by role. What is kept from before is not asked again; `progress(done, total)` counts rows to ask.
+    """Scores by role. What is kept from before is not asked again; `progress(done, total)` counts rows.
 
     Adapters that the engine does not have are loaded as `model@N` for the time of their questions. Raises
     EngineError if the engine fails, AdmissionError for an adapter that must not be loaded.

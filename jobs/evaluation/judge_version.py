@@ -54,7 +54,7 @@ async def score_versions(
     *,
     with_base: bool,
 ) -> dict[str, Scored]:
-    """Scores by name, on the dataset version `pinned` and by the first version's task; one engine per base model."""
+    """Scores by name, on the dataset version `pinned`, by the first version's task; an engine per base."""
     recipe = recipe_of(versions[0])
     found: dict[str, Scored] = {}
     with unpacked(project, pinned) as data:

@@ -61,7 +61,7 @@ def mark_labels(expected: Sequence[str], said: Sequence[str | None]) -> Marks:
 
 
 def mark_json(schema: dict[str, Any], expected: Sequence[str], said: Sequence[str | None]) -> Marks:
-    """json_valid against the schema; field_accuracy: the share of fields that are equal, then the mean over rows.
+    """json_valid against the schema; field_accuracy: the share of equal fields, then the mean over rows.
 
     Fields are the schema's properties, or those that are expected where it names none. A field that is not
     expected must be absent.

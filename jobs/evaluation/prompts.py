@@ -1,4 +1,4 @@
-"""What a subject is asked. A tuned version gets the messages as they are; the bare base gets the task spelt out."""
+"""What a subject is asked: a tuned version the messages as they are, the bare base with the task spelt out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from registry.recipe import Evaluate
 
-# Part of every score's key: raise it when `spell_out` says something else, so that old answers are not reused.
+# Part of every score's key: raise it when `spell_out` changes, so that old answers are not reused.
 PROMPT_VERSION = 1
 Messages = list[dict[str, str]]
 
@@ -16,8 +16,8 @@ def spell_out(messages: Messages, task: Evaluate, labels: Sequence[str]) -> Mess
     """The same messages with the task told at the end of the last user turn: the labels, or the schema.
 
     A tuned version has seen hundreds of examples, the bare base none: without the list of labels it could not
-    know what is wanted, and beating it would say nothing. The user's turn carries it, because some models' chat
-    templates have no system turn. Free text has nothing to spell out.
+    know what is wanted, and beating it would say nothing. The user's turn carries it, because some models'
+    chat templates have no system turn. Free text has nothing to spell out.
     """
     told = _instruction(task, labels)
     if not told:
