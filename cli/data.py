@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 
 
 @app.command()
-def add(  # noqa: PLR0913: options of a command
+def add(  # noqa: PLR0913, PLR0917
     name: Annotated[str, typer.Argument(help="The data set will be datasets/NAME")],
     file: Annotated[Path, typer.Argument(help="JSONL (chats, or plain objects) or CSV with a header")],
     prompt: Annotated[str, typer.Option(help="Column that holds the question")] = "",
@@ -186,9 +186,7 @@ def _print(version: Pinned, facts: dict[str, Any], remote: str | None, as_json: 
     if facts["repeated"]:
         say(f"  left out  {facts['repeated']} rows whose question was there already")
     say(f"  version   {version.hash}{f', pushed to {remote}' if remote else ''}")
-    say(
-        f"  next      git add {version.path}.dvc datasets/.gitignore; then a recipe with data.path: {version.path}"
-    )
+    say(f"  next      git add {version.path}.dvc, and a recipe with data.path: {version.path}")
 
 
 def _counted(rows: dict[str, int]) -> str:

@@ -103,9 +103,7 @@ async def _watch_swap(story: Story, run_id: str) -> Traffic:
     traffic, stop = Traffic(), asyncio.Event()
     watching = asyncio.create_task(asyncio.to_thread(_run, story.project, ("ft", "logs", "-f", run_id), 0))
     address = await _gateway_is_back(story.project, run_id)
-    say(
-        f"\n# {AT_ONCE} callers at once, {STREAMS} of them with long streams, while version 2 is judged and swapped in"
-    )
+    say(f"\n# {AT_ONCE} callers at once, {STREAMS} of them with long streams, while version 2 is judged and swapped in")
     questions = _questions(story.project)
     started = time.monotonic()
     async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(total=120)) as session:

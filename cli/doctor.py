@@ -69,9 +69,7 @@ def examine(project: Project) -> Iterator[Finding]:
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     fine = (3, 11) <= sys.version_info[:2] < (3, 14)
-    return Finding(
-        "python", "ok" if fine else "missing", version, "" if fine else "use Python 3.11, 3.12 or 3.13"
-    )
+    return Finding("python", "ok" if fine else "missing", version, "" if fine else "use Python 3.11, 3.12 or 3.13")
 
 
 def _programs() -> Iterator[Finding]:
@@ -120,9 +118,9 @@ def _disk(project: Project) -> Iterator[Finding]:
 
 
 def _data(project: Project) -> Finding:
-    from registry.dataset_versions import tracked_datasets
+    from registry.tracked_data import tracked_datasets
 
-    found = tracked_datasets(project)
+    found = [each.path for each in tracked_datasets(project)]
     return Finding("datasets", "ok" if found else "note", ", ".join(sorted(found)) or "none yet",
                    "" if found else "`ft data add NAME FILE`")  # fmt: skip
 
@@ -162,9 +160,7 @@ def _port(project: Project) -> Finding:
         try:
             probe.bind((settings.gateway_host, settings.gateway_port))
         except OSError as error:
-            return Finding(
-                "gateway", "missing", f"{where}: {error.strerror}", "set FT_GATEWAY_PORT to a free port"
-            )
+            return Finding("gateway", "missing", f"{where}: {error.strerror}", "set FT_GATEWAY_PORT to a free port")
     return Finding("gateway", "ok", f"not up; {where} is free")
 
 
@@ -173,18 +169,14 @@ def _mlflow() -> Finding:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or not uri.startswith("http"):
-        return Finding(
-            "MLflow", "ok", uri or "the project's own: .ft/mlflow.db (`ft doctor` needs no server)"
-        )
+        return Finding("MLflow", "ok", uri or "the project's own: .ft/mlflow.db (`ft doctor` needs no server)")
     import urllib.request
 
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5):
             return Finding("MLflow", "ok", uri)
     except OSError as error:
-        return Finding(
-            "MLflow", "missing", f"{uri}: {error}", "start the server, or unset MLFLOW_TRACKING_URI"
-        )
+        return Finding("MLflow", "missing", f"{uri}: {error}", "start the server, or unset MLFLOW_TRACKING_URI")
 
 
 def _worker(project: Project) -> Finding:

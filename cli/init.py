@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -96,7 +97,10 @@ def _start_dvc(root: Path) -> str:
     with opened(root) as repo, repo.config.edit() as config:
         config["core"] |= {"remote": REMOTE["name"], "analytics": False}
         config["remote"][REMOTE["name"]] = {"url": REMOTE["url"]}
-    with opened(root) as repo:
+    with (
+        contextlib.chdir(root),
+        opened(root) as repo,
+    ):  # DVC takes the stages of the folder where it is called
         repo.reproduce()
         repo.push()
     return pin(find_project(root), "datasets/tickets").hash

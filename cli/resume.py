@@ -42,8 +42,6 @@ def resume(
         ensure_worker(project)
     if detach or not run_id:
         ids = [run.id for run in chosen]
-        print_json({"runs": ids}) if as_json else say(
-            f"going on: {', '.join(ids) or 'no run was interrupted'}"
-        )
+        print_json({"runs": ids}) if as_json else say(f"going on: {', '.join(ids) or 'no run was interrupted'}")
         return
     exit_as(watch(project, store, chosen[0].id, quiet=as_json), as_json)

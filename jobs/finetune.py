@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> Sta
         candidate=version["version"], champion=champion,
     )  # fmt: skip
     scored = kept_scores(bench.store, request)
-    if len(scored) < len(request.subjects):
+    if len(scored) < len(request.asked):
         scored = await _ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
     return {"scores": {name: each.as_dict() for name, each in scored.items()}}
 
@@ -187,14 +187,11 @@ async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> Sta
 async def judge(bench: Bench, run_id: str, version: State, scores: State) -> State:
     """What the gate says, written down beside the version."""
     recipe = bench.recipe(run_id)
-    scored = {name: Scored.from_dict(each) for name, each in scores["scores"].items()}
-    judged = judge_scores(recipe.gate, recipe.evaluate.task, *EvalRequest.subjects_of(scored))
+    judged = judge_scores(recipe.gate, recipe.evaluate.task, *EvalRequest.subjects(scores))
     verdict = adapters.add_verdict(
         bench.store, version["model"], version["version"], judged.outcome, judged.body, run_id
     )
-    runs.note_result(
-        bench.store, run_id, verdict=judged.outcome, checks=judged.body["checks"], scores=_summary(scores)
-    )
+    runs.note_result(bench.store, run_id, verdict=judged.outcome, checks=judged.body["checks"], scores=_summary(scores))
     return {"id": verdict.id, "outcome": verdict.outcome, **version}
 
 
@@ -268,11 +265,11 @@ def let_go(run_id: str) -> bool:
 
 
 async def _on_card(
-    plan: State, workflow: Callable[..., Awaitable[State]], run_id: str, *rest: State
+    plan: State, workflow: Callable[..., Coroutine[Any, Any, State]], run_id: str, *rest: State
 ) -> State:
     """Run a child on the card's queue, where one works at a time. What it said went wrong is in the run's row."""
-    handle = await DBOS.enqueue_workflow_async(card_queue(plan["card"]), workflow, run_id, plan, *rest)  # type: ignore[arg-type]
-    return await handle.get_result(polling_interval_sec=WATCH_SECONDS)
+    handle: Any = await DBOS.enqueue_workflow_async(card_queue(plan["card"]), workflow, run_id, plan, *rest)
+    return dict(await handle.get_result(polling_interval_sec=WATCH_SECONDS))
 
 
 async def _ask_on_engine(
@@ -307,9 +304,7 @@ async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, fold
                 if lost > LOST_TRAINERS:
                     raise JobError(f"the trainer died {lost} times", place=str(folder / "log.txt"),
                                    fix=f"read it with `ft logs {run_id}`, then `ft resume {run_id}`")  # fmt: skip
-                runs.set_stage(
-                    bench.store, run_id, "train" if poll.state != "waiting" else f"train: {poll.note}"
-                )
+                runs.set_stage(bench.store, run_id, "train" if poll.state != "waiting" else f"train: {poll.note}")
                 await asyncio.to_thread(target.launch, folder)
             kind = "waiting" if poll.state == "waiting" else "training"
             await bench.outside(kind, asyncio.sleep(WATCH_SECONDS))

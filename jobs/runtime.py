@@ -70,9 +70,7 @@ def agree(store: Store, let_go: Callable[[str], bool]) -> None:
             if let_go(run.id):
                 runs.finish(store, run.id, "cancelled")
         elif status in TERMINAL and status != "SUCCESS" and run.wish is None:
-            runs.finish(
-                store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id)
-            )
+            runs.finish(store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id))
     for run in _wishes(store, "resume"):
         _resume(store, run)
 
@@ -112,9 +110,7 @@ def _first_unfinished(run_id: str) -> int:
         if child and _status(child) not in (None, "SUCCESS"):
             DBOS.delete_workflow(child, delete_children=True)
             start = min(start, step["function_id"])
-        elif child and _status(child) is None:
-            start = min(start, step["function_id"])
-        elif step["error"] is not None:
+        elif (child and _status(child) is None) or step["error"] is not None:
             start = min(start, step["function_id"])
     return max(start, 1)
 

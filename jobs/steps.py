@@ -85,7 +85,7 @@ def at_work() -> set[str]:
 
 
 def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[..., Awaitable[State]]]:
-    """A durable step `async def body(bench, run_id, ...)`: recorded, preemptible, its failure noted in the run's row."""
+    """A durable step `async def body(bench, run_id, ...)`: recorded, preemptible, its failure in the run's row."""
 
     def decorate(body: Callable[..., Awaitable[State]]) -> Callable[..., Awaitable[State]]:
         @functools.wraps(body)
@@ -101,9 +101,7 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
                 runs.finish(bench.store, run_id, "failed", error)
                 raise
             except asyncio.CancelledError:
-                runs.end_step(
-                    bench.store, run_id, name, attempt, {"error": "cancelled", "spent": bench.spent}
-                )
+                runs.end_step(bench.store, run_id, name, attempt, {"error": "cancelled", "spent": bench.spent})
                 raise
             finally:
                 _at_work.discard(run_id)
@@ -111,7 +109,7 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
             return result
 
         # functools.wraps would keep the body's first parameter in the signature that DBOS reads.
-        del recorded.__wrapped__  # type: ignore[attr-defined]
+        del recorded.__wrapped__
         return DBOS.step(name=name, preemptible=True)(recorded)
 
     return decorate

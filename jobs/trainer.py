@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from jobs.trainers.task import BadData, Backend, Task, Trained
+from jobs.trainers.task import Backend, BadData, Task, Trained
 from registry.base_models import BaseModel, base_path
 from registry.errors import FtError
 from registry.job_folder import Held, JobFolder, LeaseLost

@@ -91,11 +91,7 @@ def close_gate(project: Project) -> int | None:
 
 def worker_log_tail(project: Project, lines: int = 15) -> str:
     log = project.logs / "worker.log"
-    return (
-        "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-        if log.exists()
-        else ""
-    )
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.exists() else ""
 
 
 def _is_held_for_long(fd: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from registry.errors import Conflict, GateClosed, NotFound
@@ -67,9 +67,7 @@ class Promotion:
     created: float
 
 
-def add_version(
-    store: Store, model: str, version: int, run_id: str, folder: str, body: dict[str, Any]
-) -> Version:
+def add_version(store: Store, model: str, version: int, run_id: str, folder: str, body: dict[str, Any]) -> Version:
     """Write down a version and make it `candidate`. The same run again gets what it got before."""
     with store.writing() as connection:
         row = connection.execute("SELECT version FROM versions WHERE run_id = ?", (run_id,)).fetchone()
@@ -79,9 +77,7 @@ def add_version(
                 (model, version, run_id, folder, dump(body), time.time()),
             )
             _set_alias(connection, model, "candidate", version)
-            event = new_event(
-                "ft/adapters", "adapter.registered", f"{model}@{version}", {"run": run_id}, key=run_id
-            )
+            event = new_event("ft/adapters", "adapter.registered", f"{model}@{version}", {"run": run_id}, key=run_id)
             append_within(connection, event)
     return version_of_run(store, run_id)
 
@@ -89,9 +85,7 @@ def add_version(
 def version_of_run(store: Store, run_id: str) -> Version:
     row = store.first("SELECT * FROM versions WHERE run_id = ?", (run_id,))
     if row is None:
-        raise NotFound(
-            f"run {run_id} has registered no version", fix=f"`ft show {run_id}` says how far it came"
-        )
+        raise NotFound(f"run {run_id} has registered no version", fix=f"`ft show {run_id}` says how far it came")
     return _version(row)
 
 
@@ -109,9 +103,7 @@ def find_version(store: Store, reference: str) -> Version:
     number = int(which) if which.isdigit() else aliases(store, model).get(which)
     if number is None:
         has = ", ".join(f"{alias} = {version}" for alias, version in aliases(store, model).items())
-        raise NotFound(
-            f"{model} has no '{which}'", fix=f"it has: {has or 'no version'}; `ft models` lists all models"
-        )
+        raise NotFound(f"{model} has no '{which}'", fix=f"it has: {has or 'no version'}; `ft models` lists all models")
     return get_version(store, model, number)
 
 
@@ -167,16 +159,12 @@ def promote(
         if done is not None:
             return done
         if verdict.outcome != "pass" and not person:
-            raise GateClosed(
-                f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict)
-            )
+            raise GateClosed(f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict))
         row = connection.execute(
             "SELECT rolled_back FROM versions WHERE model = ? AND version = ?", (model, version)
         ).fetchone()
         if row["rolled_back"] and not person:
-            raise GateClosed(
-                f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`"
-            )
+            raise GateClosed(f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`")
         champion = _alias(connection, model, "champion")
         if champion == version:
             raise Conflict(f"{model}@{version} is the champion already")
@@ -186,12 +174,11 @@ def promote(
                 f"and the champion is {_named(champion)} now",
                 fix=_judge_again(verdict),
             )
-        return _move(connection, model, version, "promote", run_id, verdict.id, by_whom, reason)
+        move = Promotion(0, model, version, champion, "promote", run_id, verdict.id, by_whom, reason, time.time())
+        return _move(connection, move)
 
 
-def roll_back(
-    store: Store, model: str, *, by_whom: str, reason: str = "", to: int | None = None
-) -> Promotion:
+def roll_back(store: Store, model: str, *, by_whom: str, reason: str = "", to: int | None = None) -> Promotion:
     """Make `previous` (or version `to`) champion again. What it replaces is not promoted again without a person."""
     with store.writing() as connection:
         champion = _alias(connection, model, "champion")
@@ -203,14 +190,11 @@ def roll_back(
             )
         if target == champion:
             raise Conflict(f"{model}@{target} is the champion already")
-        if not connection.execute(
-            "SELECT 1 FROM versions WHERE model = ? AND version = ?", (model, target)
-        ).fetchone():
+        if not connection.execute("SELECT 1 FROM versions WHERE model = ? AND version = ?", (model, target)).fetchone():
             raise NotFound(f"no version {model}@{target}", fix=f"`ft models {model}` lists them")
-        connection.execute(
-            "UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion)
-        )
-        return _move(connection, model, target, "rollback", None, None, by_whom, reason)
+        connection.execute("UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion))
+        move = Promotion(0, model, target, champion, "rollback", None, None, by_whom, reason, time.time())
+        return _move(connection, move)
 
 
 def promotions(store: Store, model: str = "") -> list[Promotion]:
@@ -226,52 +210,32 @@ def unprojected_aliases(store: Store) -> list[tuple[str, str, int]]:
 
 def mark_projected(store: Store, model: str, alias: str, version: int) -> None:
     with store.writing() as connection:
-        connection.execute(
-            "UPDATE aliases SET projected = ? WHERE model = ? AND alias = ?", (version, model, alias)
-        )
+        connection.execute("UPDATE aliases SET projected = ? WHERE model = ? AND alias = ?", (version, model, alias))
 
 
-def _move(
-    connection: sqlite3.Connection,
-    model: str,
-    version: int,
-    kind: str,
-    run_id: str | None,
-    verdict: int | None,
-    by_whom: str,
-    reason: str,
-) -> Promotion:
-    before = _alias(connection, model, "champion")
+def _move(connection: sqlite3.Connection, move: Promotion) -> Promotion:
+    """Write the row, set both aliases and append the event; the row as it was written."""
+    values = {name: value for name, value in asdict(move).items() if name != "id"}
     done = connection.execute(
-        "INSERT INTO promotions (model, version, from_version, kind, run_id, verdict, by_whom, reason, created) "
-        "VALUES (?,?,?,?,?,?,?,?,?)",
-        (model, version, before, kind, run_id, verdict, by_whom, reason, time.time()),
+        f"INSERT INTO promotions ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", tuple(values.values())
     )
-    _set_alias(connection, model, "champion", version)
-    if before is not None:
-        _set_alias(connection, model, "previous", before)
-    type_ = "adapter.promoted" if kind == "promote" else "adapter.rolled_back"
-    data = {"from": before, "by": by_whom, "reason": reason, "run": run_id}
-    append_within(
-        connection, new_event("ft/adapters", type_, f"{model}@{version}", data, key=str(done.lastrowid))
-    )
-    row = connection.execute("SELECT * FROM promotions WHERE id = ?", (done.lastrowid,)).fetchone()
-    return Promotion(**dict(row))
+    _set_alias(connection, move.model, "champion", move.version)
+    if move.from_version is not None:
+        _set_alias(connection, move.model, "previous", move.from_version)
+    type_ = "adapter.promoted" if move.kind == "promote" else "adapter.rolled_back"
+    data = {"from": move.from_version, "by": move.by_whom, "reason": move.reason, "run": move.run_id}
+    event = new_event("ft/adapters", type_, f"{move.model}@{move.version}", data, key=str(done.lastrowid))
+    append_within(connection, event)
+    return replace(move, id=int(done.lastrowid or 0))
 
 
 def _promotion_of_run(connection: sqlite3.Connection, run_id: str | None) -> Promotion | None:
-    row = (
-        connection.execute("SELECT * FROM promotions WHERE run_id = ?", (run_id,)).fetchone()
-        if run_id
-        else None
-    )
+    row = connection.execute("SELECT * FROM promotions WHERE run_id = ?", (run_id,)).fetchone() if run_id else None
     return Promotion(**dict(row)) if row else None
 
 
 def _alias(connection: sqlite3.Connection, model: str, alias: str) -> int | None:
-    row = connection.execute(
-        "SELECT version FROM aliases WHERE model = ? AND alias = ?", (model, alias)
-    ).fetchone()
+    row = connection.execute("SELECT version FROM aliases WHERE model = ? AND alias = ?", (model, alias)).fetchone()
     return int(row["version"]) if row else None
 
 

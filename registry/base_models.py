@@ -57,16 +57,12 @@ def parse_reference(model: str, root: Path) -> Reference:
     if model.startswith("pypi:"):
         name = model.removeprefix("pypi:")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!]+)?", name):
-            raise BaseModelError(
-                f"'{model}' names no wheel", place="base.model", fix="write pypi:NAME==VERSION"
-            )
+            raise BaseModelError(f"'{model}' names no wheel", place="base.model", fix="write pypi:NAME==VERSION")
         return Reference("pypi", name, "pypi-" + name.replace("==", "-"))
     if model.startswith(("./", "../", "/", "~")):
         folder = (root / Path(model).expanduser()).resolve()
         if not (folder / "config.json").is_file():
-            raise BaseModelError(
-                "no base model here (no config.json)", place=str(folder), fix="check base.model"
-            )
+            raise BaseModelError("no base model here (no config.json)", place=str(folder), fix="check base.model")
         return Reference("local", str(folder), f"local-{folder.name}")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return Reference("hub", model, "hub-" + model.replace("/", "--"))
@@ -83,9 +79,7 @@ def refuse_use(use: str, model: str, licence: str) -> None:
         return
     for pattern, name, reason in NON_COMMERCIAL:
         if re.search(pattern, model, re.IGNORECASE):
-            raise BaseModelError(
-                f"{model} is under {name}: {reason}", place="use: commercial", fix=_other_base()
-            )
+            raise BaseModelError(f"{model} is under {name}: {reason}", place="use: commercial", fix=_other_base())
     if NON_COMMERCIAL_LICENCE.search(licence):
         raise BaseModelError(f"{model} is under {licence}, which is non-commercial", place="use: commercial",
                              fix=_other_base())  # fmt: skip

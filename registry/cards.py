@@ -114,9 +114,7 @@ def wanted(project: Project, card: Card, purpose: Purpose) -> bool:
     return found
 
 
-def lock_when_free(
-    project: Project, card: Card, holder_: str, stop: Callable[[], bool], poll: float = 0.2
-) -> CardLock:
+def lock_when_free(project: Project, card: Card, holder_: str, stop: Callable[[], bool], poll: float = 0.2) -> CardLock:
     """Wait for the card. Raises Trouble when `stop` says so."""
     while True:
         if lock := try_lock(project, card, holder_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ def translated(place: Path) -> Iterator[None]:
 def quiet() -> None:
     """No analytics, no progress bars, no log lines: what a person must know comes as an error."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    importlib.import_module("dvc")  # sets the levels of its loggers, so it must come first
+
     for name in ("dvc", "dvc_data", "dvc_objects", "scmrepo"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

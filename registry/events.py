@@ -46,13 +46,10 @@ def append_within(connection: sqlite3.Connection, event: Event) -> bool:
     return done.rowcount == 1
 
 
-def read(
-    store: Store, *, after: int = 0, type_: str = "", subject: str = "", limit: int = 1000
-) -> list[Event]:
+def read(store: Store, *, after: int = 0, type_: str = "", subject: str = "", limit: int = 1000) -> list[Event]:
     """Events in order, those after sequence number `after`; an empty filter takes all."""
     rows = store.read(
-        "SELECT * FROM events WHERE seq > ? AND (? = '' OR type = ?) AND (? = '' OR subject = ?) "
-        "ORDER BY seq LIMIT ?",
+        "SELECT * FROM events WHERE seq > ? AND (? = '' OR type = ?) AND (? = '' OR subject = ?) ORDER BY seq LIMIT ?",
         (after, type_, type_, subject, subject, limit),
     )
     return [Event(**{**row, "data": json.loads(row["data"])}) for row in rows]

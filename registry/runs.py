@@ -56,9 +56,7 @@ class Step:
     note: dict[str, Any]
 
 
-def submit(
-    store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, *, queue: bool = False
-) -> Run:
+def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, *, queue: bool = False) -> Run:
     """Write the row of a new run. Raises Conflict while another run of the recipe is on, unless `queue`."""
     name, run_id = str(recipe["name"]), f"{recipe['name']}-{secrets.token_hex(5)}"
     now = time.time()
@@ -158,9 +156,7 @@ def finish(store: Store, run_id: str, state: State, error: FtError | None = None
 def reopen(store: Store, run_id: str) -> None:
     """A failed or cancelled run goes on (`ft resume`)."""
     with store.writing() as connection:
-        connection.execute(
-            "UPDATE runs SET state = 'running', finished = NULL, error = NULL WHERE id = ?", (run_id,)
-        )
+        connection.execute("UPDATE runs SET state = 'running', finished = NULL, error = NULL WHERE id = ?", (run_id,))
 
 
 def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:

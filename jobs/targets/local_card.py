@@ -55,9 +55,7 @@ class LocalCard:
             return Poll("done", result)
         if job.lease():
             return Poll("lost", note="the trainer is gone and has left no result")
-        return Poll(
-            "waiting", note=f"card {self.card.name} is held by {holder(self.project, self.card) or 'nobody'}"
-        )
+        return Poll("waiting", note=f"card {self.card.name} is held by {holder(self.project, self.card) or 'nobody'}")
 
     def fetch(self, folder: Path, target: Path) -> None:
         if target.is_dir() and not broken_files(target):
@@ -98,7 +96,7 @@ class LocalCard:
                     "CUDA_VISIBLE_DEVICES": visible,
                     "FT_CACHE": str(self.project.cache),
                     "PYTHONUNBUFFERED": "1",
-                },  # fmt: skip
+                },
             )
         _started.append(trainer)
 

@@ -54,7 +54,5 @@ def _end_of_turn(tokenizer: Any, ids: list[int], start: int, end: int) -> int:
 
 
 def _template(tokenizer: Any, messages: Messages, *, prompt: bool) -> list[int]:
-    made = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=prompt, tokenize=True, return_dict=True
-    )
+    made = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=True)
     return list(made["input_ids"])

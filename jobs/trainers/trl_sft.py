@@ -198,9 +198,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.begin(state.global_step, state.max_steps)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         self.meter.log(state.global_step, logs or {}, _peak_memory())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
