@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from registry.errors import FtError
+from registry.errors import FtError, Trouble
 
 # name -> (module, function or sub-app, what --help says)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -55,7 +55,7 @@ class LazyGroup(TyperGroup):
         return _command(cmd_name, found, help_)
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -82,6 +82,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        if os.environ.get("FT_DEBUG"):
+            raise
+        _print_error(Trouble(f"a defect of ft: {type(error).__name__}: {error}", fix="`ft --debug ...` shows where"))
+        sys.exit(1)
 
 
 def _print_error(error: FtError) -> None:
@@ -103,7 +108,7 @@ def _command(name: str, found: Any, help_: str) -> Any:
         command = typer.main.get_command(found)
         command.name = name
         return command
-    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     single.command(name)(found)
     return typer.main.get_command(single)
 
