@@ -89,7 +89,7 @@ async def ask_rows(
         raise several.exceptions[0] from None
     if _too_many(failed, len(questions), patience):
         raise EngineError(
-            f"{name} gave no answer to {len(failed)} questions, so it has no score; the first: {failed[0].error}",
+            f"{name} gave no answer to {len(failed)} questions, so no score; the first: {failed[0].error}",
             fix="look at the engine's log (`ft serve status` names it); a prompt that is too long needs "
             "more serve.max_context",
         )

@@ -228,9 +228,7 @@ async def _score(
     return scored, answers
 
 
-async def _ask_probes(
-    engine: Engine, request: EvalRequest, subject: Subject, patience: Patience
-) -> dict[str, str]:
+async def _ask_probes(engine: Engine, request: EvalRequest, subject: Subject, patience: Patience) -> dict[str, str]:
     """The recipe's probes, asked of all subjects in the same bare words; an answer that fails is empty."""
     probes = request.task.probes
     answers = await ask_rows(

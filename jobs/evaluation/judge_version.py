@@ -39,9 +39,7 @@ async def judge_version(
             candidate=version.version, champion=champion,
         )  # fmt: skip
         scores = await _scores(project, store, settings, request, recipe, base, progress)
-    return judge(
-        recipe.gate, recipe.evaluate.task, scores["candidate"], scores.get("champion"), scores["base"]
-    )
+    return judge(recipe.gate, recipe.evaluate.task, scores["candidate"], scores.get("champion"), scores["base"])
 
 
 async def score_versions(
@@ -64,9 +62,7 @@ async def score_versions(
             bare = [Subject.bare(base)] if with_base else []
             request = EvalRequest.made(recipe, base, pinned.hash, data, [*subjects, *bare])
             scores = await _scores(project, store, settings, request, recipe_of(there[0]), base, progress)
-            found |= {
-                name if name != "base" else f"base {base.source}": each for name, each in scores.items()
-            }
+            found |= {name if name != "base" else f"base {base.source}": each for name, each in scores.items()}
     return found
 
 

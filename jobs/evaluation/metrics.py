@@ -36,9 +36,7 @@ class Marks:
     detail: dict[str, float] = field(default_factory=dict)
 
 
-def mark(
-    task: str, schema: dict[str, Any] | None, expected: Sequence[str], said: Sequence[str | None]
-) -> Marks:
+def mark(task: str, schema: dict[str, Any] | None, expected: Sequence[str], said: Sequence[str | None]) -> Marks:
     """Score one subject's answers to a task ('label', 'json' with its `schema`, 'text')."""
     if task == "label":
         return mark_labels(expected, said)
@@ -147,9 +145,7 @@ def _equal_fields(schema: dict[str, Any], expected: Any, said: Any) -> dict[str,
     if not isinstance(said, dict):
         return dict.fromkeys(names, 0.0)
     missing = object()
-    return {
-        name: float(_plain(expected.get(name, missing)) == _plain(said.get(name, missing))) for name in names
-    }
+    return {name: float(_plain(expected.get(name, missing)) == _plain(said.get(name, missing))) for name in names}
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a subject is asked: a tuned version the messages as they are, the bare base with the task spelt out."""
+"""What a subject is asked: a tuned version just the messages, the bare base with the task spelt out."""
 
 from __future__ import annotations
 

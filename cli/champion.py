@@ -1,0 +1,74 @@
+"""What is said after `champion` moved: from which version to which, and how long the swap took."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+import time
+from dataclasses import asdict
+
+from cli.console import print_json, say
+from registry import events
+from registry.adapters import Promotion, get_version
+from registry.alias_mirror import mirror_aliases
+from registry.errors import EngineError, TrackerError
+from registry.mlflow_store import tracker_for
+from registry.project import Project
+from registry.recipe import Finetune
+from registry.store import Store
+from serving.control import server_status
+
+SWAP_SECONDS = 60.0
+LOOK_SECONDS = 0.05
+
+
+def person() -> str:
+    """Who types this, for the promotion's row."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"
+
+
+def tell_move(project: Project, store: Store, moved: Promotion, *, as_json: bool) -> None:
+    """Wait for the swap where a server is up, tell MLflow, and print both.
+
+    Raises EngineError if the server does not serve the new champion within a minute, or refuses it.
+    """
+    swapped = _wait_for_swap(store, moved)
+    _tell_mlflow(project, store, moved)
+    if as_json:
+        print_json({**asdict(moved), "served_after": swapped})
+        return
+    before = "nothing" if moved.from_version is None else f"version {moved.from_version}"
+    say(f"champion of {moved.model}: {before} -> version {moved.version}")
+    if swapped is None:
+        say("no server is up; `ft serve up` starts one")
+    else:
+        say(f"served after {swapped:.2f} s")
+
+
+def _wait_for_swap(store: Store, moved: Promotion) -> float | None:
+    """Seconds until the server said that it serves the version; None where no server is up."""
+    subject, deadline = f"{moved.model}@{moved.version}", moved.created + SWAP_SECONDS
+    while server_status(store) is not None:
+        said = [each for each in events.read(store, subject=subject) if each.time >= moved.created]
+        for event in said:
+            if event.type == "adapter.served":
+                return event.time - moved.created
+            if event.type == "adapter.refused":
+                raise EngineError(f"the server refused {subject}: {event.data.get('reason', event.data)}",
+                                  fix=f"`ft rollback {moved.model}`; `ft serve status` has the numbers")  # fmt: skip
+        if time.time() > deadline:
+            raise EngineError(f"{subject} is the champion, but is not served after {SWAP_SECONDS:.0f} s",
+                              fix="`ft serve status` says what the server does")  # fmt: skip
+        time.sleep(LOOK_SECONDS)
+    return None
+
+
+def _tell_mlflow(project: Project, store: Store, moved: Promotion) -> None:
+    recipe = Finetune.model_validate(get_version(store, moved.model, moved.version).body["recipe"])
+    try:
+        mirror_aliases(store, tracker_for(project, recipe), moved.model)
+    except TrackerError as error:
+        print(f"MLflow was not told; the next run tells it: {error}", file=sys.stderr)
