@@ -69,13 +69,7 @@ def list_(as_json: Json = False) -> None:
     rows = []
     for each in tracked_datasets(project):
         folder = project.root / each.path
-        state = (
-            "not pulled"
-            if not folder.is_dir()
-            else "ok"
-            if hash_of(content(folder)) == each.hash
-            else "changed"
-        )
+        state = "not pulled" if not folder.is_dir() else "ok" if hash_of(content(folder)) == each.hash else "changed"
         rows.append({"path": each.path, "hash": each.hash, "by": each.by, "state": state})
     if as_json:
         print_json(rows)
@@ -124,9 +118,7 @@ def _keep(texts: list[str]) -> dict[str, list[str]]:
     for text in texts:
         column, sign, values = text.partition("=")
         if not sign or not column or not values:
-            raise WrongInput(
-                f"--keep {text}: not of the form COLUMN=V1,V2", fix="--keep category=refund,delivery"
-            )
+            raise WrongInput(f"--keep {text}: not of the form COLUMN=V1,V2", fix="--keep category=refund,delivery")
         kept.setdefault(column, []).extend(value.strip() for value in values.split(","))
     return kept
 

@@ -15,9 +15,7 @@ from typing import Annotated
 
 import typer
 
-# Files whose real names begin with a dot, which packagers tend to leave out.
-DOTTED = {"gitignore": ".gitignore", "dvcignore": ".dvcignore", "env.example": ".env.example"}
-REMOTE = {"name": "local", "url": "../.ft/dvc-remote"}  # relative to .dvc/config
+DOT = "dot."  # begins the names of template files that get a dot: packagers tend to leave dot files out
 
 
 def init(
@@ -33,8 +31,9 @@ def init(
     root = folder.expanduser().absolute()
     with _whole_or_nothing(root):
         own_git = _start_git(root)
+        _start_dvc(root, subdir=not own_git)
         _copy_templates(root)
-        hash_ = _start_dvc(root)
+        hash_ = _make_data(root)
         if own_git:
             _commit(root)
     _print(folder, hash_, own_git, as_json)
@@ -68,39 +67,37 @@ def _start_git(root: Path) -> bool:
     return True
 
 
-def _copy_templates(root: Path) -> None:
-    from registry.recipe import recipe_schema
-
-    with as_file(files("cli") / "templates" / "project") as source:
-        shutil.copytree(source, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for plain, dotted in DOTTED.items():
-        (root / plain).rename(root / dotted)
-    (root / "docs").mkdir()
-    (root / "docs" / "recipe.schema.json").write_text(
-        json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-
-
-def _start_dvc(root: Path) -> str:
-    """DVC with a local remote; the demo data made, tracked and pushed. Its hash."""
-    from registry.dataset_versions import pin
-    from registry.dvc_repo import opened, quiet, translated
-    from registry.project import find_project
+def _start_dvc(root: Path, *, subdir: bool) -> None:
+    from registry.dvc_repo import quiet, translated
 
     quiet()
     from dvc.repo import Repo
 
-    dvcignore = (root / ".dvcignore").read_bytes()
     with translated(root):
-        Repo.init(str(root), subdir=not (root / ".git").exists()).close()
-    (root / ".dvcignore").write_bytes(dvcignore)  # DVC has put its own in the place of ours
-    with opened(root) as repo, repo.config.edit() as config:
-        config["core"] |= {"remote": REMOTE["name"], "analytics": False}
-        config["remote"][REMOTE["name"]] = {"url": REMOTE["url"]}
-    with (
-        contextlib.chdir(root),
-        opened(root) as repo,
-    ):  # DVC takes the stages of the folder where it is called
+        Repo.init(str(root), subdir=subdir).close()
+
+
+def _copy_templates(root: Path) -> None:
+    from registry.recipe import recipe_schema
+
+    with as_file(files("cli") / "templates" / "project") as source:
+        for each in source.rglob("*"):
+            if each.is_file() and "__pycache__" not in each.parts:
+                target = root / each.relative_to(source).as_posix().replace(DOT, ".")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(each, target)
+    schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+    (root / "docs").mkdir()
+    (root / "docs" / "recipe.schema.json").write_text(schema, encoding="utf-8")
+
+
+def _make_data(root: Path) -> str:
+    """Run the stage that makes the demo data, push to the project's own remote; the version's hash."""
+    from registry.dataset_versions import pin
+    from registry.dvc_repo import opened
+    from registry.project import find_project
+
+    with contextlib.chdir(root), opened(root) as repo:  # DVC takes the stages of the folder where it is called
         repo.reproduce()
         repo.push()
     return pin(find_project(root), "datasets/tickets").hash
@@ -128,14 +125,10 @@ def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
     # Called from a git hook, GIT_DIR would lead to that hook's repository.
     env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("GIT_DIR", "GIT_WORK", "GIT_INDEX"))
+        name: value for name, value in os.environ.items() if not name.startswith(("GIT_DIR", "GIT_WORK", "GIT_INDEX"))
     }
     try:
-        return subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=env
-        )
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=env)
     except FileNotFoundError as error:
         raise MissingPart("git is not installed", fix="install git, then try again") from error
 
@@ -144,9 +137,7 @@ def _print(folder: Path, hash_: str, own_git: bool, as_json: bool) -> None:
     from cli.console import print_json, say
 
     if as_json:
-        print_json(
-            {"project": str(folder.absolute()), "dataset": "datasets/tickets", "hash": hash_, "git": own_git}
-        )
+        print_json({"project": str(folder.absolute()), "dataset": "datasets/tickets", "hash": hash_, "git": own_git})
         return
     say(f"made {folder}: recipes/tickets.yaml, and datasets/tickets as version {hash_}")
     if not own_git:

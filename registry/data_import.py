@@ -187,9 +187,7 @@ def _text(path: Path) -> tuple[str, str]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        return "", "no such file" if isinstance(
-            error, FileNotFoundError
-        ) else f"cannot be read: {error.strerror}"
+        return "", "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
     if not raw.strip():
         return "", "the file is empty"
     try:
@@ -214,15 +212,11 @@ def _wrong_header(cells: list[str], delimiter: str) -> str:
 def _check_columns(path: Path, records: list[tuple[int, Record]], mapping: Mapping) -> None:
     columns = list(dict.fromkeys(name for _, record in records for name in record))
     named = [mapping.prompt, mapping.answer, *COLUMN.findall(mapping.template or ""), *mapping.keep]
-    problems = [
-        f"no column '{name}'{_nearest(name, columns)}" for name in named if name and name not in columns
-    ]
+    problems = [f"no column '{name}'{_nearest(name, columns)}" for name in named if name and name not in columns]
     if mapping.template and not COLUMN.search(mapping.template):
         problems.append("--template names no {column}")
     if not problems:
-        problems = [
-            wrong for name, values in mapping.keep.items() for wrong in _wrong_keep(records, name, values)
-        ]
+        problems = [wrong for name, values in mapping.keep.items() for wrong in _wrong_keep(records, name, values)]
     refuse([f"{path}: {each}" for each in problems], fix=f"its columns are: {', '.join(columns)}")
 
 

@@ -108,9 +108,7 @@ def content(folder: Path) -> dict[str, str]:
 def hash_of(files: dict[str, str]) -> str:
     """DVC's hash of a folder with these files."""
     listing = [{"md5": files[name], "relpath": name} for name in sorted(files)]
-    return (
-        hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
-    )
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
 def _content_by_dvc(project: Project, folder: Path) -> dict[str, str]:
@@ -181,9 +179,7 @@ def _copy_local(repo: Repo, project: Project, pinned: Pinned, name: str, partial
 def _refuse_overwrite(project: Project, path: str, *, replace: bool) -> None:
     tracked = {each.path: each for each in tracked_datasets(project)}.get(path)
     if is_stage_output(project.root, path):
-        raise Conflict(
-            "made by a stage of dvc.yaml", place=path, fix="choose another name, or change the stage"
-        )
+        raise Conflict("made by a stage of dvc.yaml", place=path, fix="choose another name, or change the stage")
     folder = project.root / path
     if tracked is None and folder.exists():
         raise Conflict(
@@ -192,12 +188,8 @@ def _refuse_overwrite(project: Project, path: str, *, replace: bool) -> None:
     if tracked is None:
         return
     if not replace:
-        raise Conflict(
-            "is there already", place=path, fix="--replace makes a new version; the old one stays in DVC"
-        )
-    if folder.is_dir() and hash_of(content(folder)) != tracked.hash != hash_of(
-        _content_by_dvc(project, folder)
-    ):
+        raise Conflict("is there already", place=path, fix="--replace makes a new version; the old one stays in DVC")
+    if folder.is_dir() and hash_of(content(folder)) != tracked.hash != hash_of(_content_by_dvc(project, folder)):
         raise Conflict(
             "has changes that DVC does not know, and they would be lost",
             place=path,
@@ -230,9 +222,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 def _swapped_in(partial: Path, folder: Path) -> Iterator[None]:
     """`partial` stands where `folder` was; if the block fails, all is as before."""
     old = folder.with_name(f".{folder.name}.old")
-    records = {
-        path: _bytes(path) for path in (folder.with_name(f"{folder.name}.dvc"), folder.parent / ".gitignore")
-    }
+    records = {path: _bytes(path) for path in (folder.with_name(f"{folder.name}.dvc"), folder.parent / ".gitignore")}
     shutil.rmtree(old, ignore_errors=True)
     try:
         if folder.exists():

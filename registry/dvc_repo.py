@@ -43,9 +43,7 @@ def translated(place: Path) -> Iterator[None]:
         raise DataError(f"DVC: {_whole_message(error)}", place=str(place)) from error
     except OSError as error:
         what = f"data cannot be read or written: {error.strerror or error}"
-        raise Trouble(
-            what, place=str(error.filename or place), fix="free disk space, or check its rights"
-        ) from error
+        raise Trouble(what, place=str(error.filename or place), fix="free disk space, or check its rights") from error
 
 
 def quiet() -> None:

@@ -52,9 +52,7 @@ def find_tracked(project: Project, path: str) -> Tracked:
     if is_stage_output(project.root, wanted):
         raise DataError("dvc.yaml has a stage for it that never ran", place=path, fix="`dvc repro` makes it")
     if folder.is_dir():
-        raise DataError(
-            "DVC does not track it, so a run cannot pin it", place=path, fix=f"`dvc add {wanted}`"
-        )
+        raise DataError("DVC does not track it, so a run cannot pin it", place=path, fix=f"`dvc add {wanted}`")
     near = difflib.get_close_matches(wanted, known, n=1)
     there = f"did you mean {near[0]}?" if near else f"there is: {', '.join(sorted(known)) or 'none yet'}"
     raise DataError("no such dataset", place=path, fix=f"{there} (`ft data add NAME FILE` makes one)")

@@ -32,7 +32,9 @@ SLOTS = {
     "colour": ["green", "navy blue", "black", "mustard", "white", "grey", "dark red", "beige"],
     "size": ["36", "38", "40", "42", "44", "S", "M", "L", "XL"],
     "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "last week", "the 3rd", "the 12th"],
-    "time": ["two weeks", "a month", "three days", "six weeks", "half a year", "ten days", "a few hours", "four months"],
+    "time": [
+        "two weeks", "a month", "three days", "six weeks", "half a year", "ten days", "a few hours", "four months",
+    ],
     "city": ["Leeds", "Porto", "Gdansk", "Lyon", "Cork", "Turin", "Ghent", "Malmo", "Graz", "Bergen"],
     "person": ["my mother", "my son", "a friend", "my neighbour", "my wife", "my brother", "a colleague", "my aunt"],
     "money": ["18.90", "24.50", "39.00", "59.99", "74.20", "112.00", "149.00", "9.95"],
