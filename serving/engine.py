@@ -78,8 +78,8 @@ class Engine:
     async def load(self, name: str, path: Path) -> None:
         """Load an adapter under a name; nothing to do if it is loaded from that path already.
 
-        Raises AdmissionError if vLLM refuses it or the name means another path. Never `load_inplace`: it changes
-        the weights under running answers, and reads them again at every step (facts of vLLM 0.32).
+        Raises AdmissionError if vLLM refuses it or the name means another path. Never `load_inplace`: it
+        changes the weights under running answers, and vLLM 0.32 then reads them again at every step.
         """
         loaded = (await self.models()).get(name)
         if loaded == str(path):
@@ -117,15 +117,21 @@ class Engine:
 
     async def prompt_logprobs(self, name: str, token_ids: list[int]) -> list[float]:
         """Natural-log probability of each token given those before it; the first has none, so one fewer."""
-        request = {"model": name, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        request = {
+            "model": name,
+            "prompt": token_ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+        }
         body = await self._json("POST", "/v1/completions", request)
         found = body["choices"][0]["prompt_logprobs"][1:]
         return [float(each[str(token)]["logprob"]) for each, token in zip(found, token_ids[1:], strict=True)]
 
-    async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        import json
-
-        status, text = await self._call(method, path, body)
+    async def _json(
+        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = MANAGE_SECONDS
+    ) -> dict[str, Any]:
+        status, text = await self._call(method, path, body, seconds)
         try:
             parsed = json.loads(text) if status == 200 else None
         except ValueError:
@@ -138,7 +144,10 @@ class Engine:
         self, method: str, path: str, body: dict[str, Any] | None, seconds: float = MANAGE_SECONDS
     ) -> tuple[int, str]:
         try:
-            async with asyncio.timeout(seconds), self.session.request(method, self.url + path, json=body) as got:
+            async with (
+                asyncio.timeout(seconds),
+                self.session.request(method, self.url + path, json=body) as got,
+            ):
                 return got.status, await got.text()
         except TimeoutError as error:
             raise EngineError(f"vLLM did not answer {path} within {seconds:.0f} s", place=self.url) from error

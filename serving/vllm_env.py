@@ -24,7 +24,7 @@ from registry.settings import Settings
 
 TORCH = "torch==2.13.0"
 READY = "ready.json"
-# torchvision's wheel is a CUDA build, which breaks `import transformers` beside a CPU torch; nobody here needs it.
+# torchvision's wheel is a CUDA build, which breaks `import transformers` beside a CPU torch.
 LEFT_OUT_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 PYTHON = "3.11"
 INSTALL_SECONDS = 3600

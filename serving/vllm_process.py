@@ -1,4 +1,4 @@
-"""One vLLM as a process: started for a base model on a card, waited for until it is healthy, stopped whole."""
+"""One vLLM as a process: started for a base model on a card, waited for until healthy, stopped whole."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from registry.admission import RANKS
 from registry.base_models import BaseModel, base_path, context_length
 from registry.cards import Card, CardLock
 from registry.errors import EngineError
@@ -24,7 +25,9 @@ from serving import keeper
 from serving.engine import BASE, Engine
 from serving.vllm_env import ensure_vllm
 
-MAX_RANK = 64
+# No larger than the adapters need: on a CPU every token pays for the engine's largest rank, not for its adapter's
+# (8 requests at once: 17 tokens/s at 64, 66 at 16).
+LEAST_RANK = 8
 # Champion, previous, and one or two that are being judged, at once in a batch; more are kept in host memory.
 MAX_LORAS, MAX_CPU_LORAS = 4, 16
 LOG_BYTES = 10_000_000
@@ -38,7 +41,7 @@ class EngineConfig:
     base: BaseModel
     serve: Serve
     card: Card
-    max_rank: int = MAX_RANK
+    max_rank: int = LEAST_RANK
 
 
 class VllmProcess:
@@ -83,7 +86,10 @@ class VllmProcess:
 
 
 async def start_vllm(project: Project, settings: Settings, config: EngineConfig, lock: CardLock) -> VllmProcess:
-    """Start vLLM under the card's lock and wait until it answers. Raises EngineError, MissingPart, BaseModelError."""
+    """Start vLLM under the card's lock and wait until it answers.
+
+    Raises EngineError, MissingPart, BaseModelError.
+    """
     python = await asyncio.to_thread(ensure_vllm, project, settings, config.card)
     folder = await asyncio.to_thread(base_path, project, config.base)
     port, key = settings.engine_port or free_port(), secrets.token_urlsafe(32)
@@ -121,8 +127,17 @@ def vllm_arguments(config: EngineConfig, folder: Path, port: int) -> list[str]:
         "dtype": "bfloat16",
         "uvicorn-log-level": "warning",
     }
-    flags = ["--enable-lora", "--disable-uvicorn-access-log", *(["--enforce-eager"] if config.card.is_cpu else [])]
+    flags = [
+        "--enable-lora",
+        "--disable-uvicorn-access-log",
+        *(["--enforce-eager"] if config.card.is_cpu else []),
+    ]
     return [*flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def engine_rank(rank: int) -> int:
+    """The least --max-lora-rank that vLLM knows and that holds an adapter of `rank`."""
+    return min(each for each in RANKS if each >= max(rank, LEAST_RANK))
 
 
 def free_port() -> int:
@@ -149,7 +164,9 @@ def _environment(config: EngineConfig) -> dict[str, str]:
     }
 
 
-def _spawn(command: list[str], environment: dict[str, str], lock: CardLock, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+def _spawn(
+    command: list[str], environment: dict[str, str], lock: CardLock, log: Path
+) -> tuple[subprocess.Popen[bytes], int]:
     ours, theirs = os.pipe()[::-1]
     try:
         with log.open("ab") as output:
@@ -184,8 +201,8 @@ async def _until_healthy(started: VllmProcess, seconds: float) -> None:
     while not await started.engine.healthy():
         if not started.running:
             raise EngineError(f"vLLM ended while it started:\n{started.last_words()}", place=str(started.log),
-                              fix="its log says more; `ft doctor` shows memory and what is missing")  # fmt: skip
+                              fix="its log says more; `ft doctor` shows what is missing")  # fmt: skip
         if time.monotonic() > deadline:
             raise EngineError(f"vLLM did not answer within {seconds:.0f} s:\n{started.last_words()}",
-                              place=str(started.log), fix="give it longer with FT_ENGINE_START_SECONDS")  # fmt: skip
+                              place=str(started.log), fix="allow more: FT_ENGINE_START_SECONDS")  # fmt: skip
         await asyncio.sleep(0.2)

@@ -1,0 +1,222 @@
+"""Makes an engine and the routes agree with the aliases: load what is wanted, decide, apply, and again.
+
+One reconciler belongs to one start of one engine. What a version was refused for is remembered that long, so a
+failed probe is not repeated twice a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from registry import adapters
+from registry.adapters import Version
+from registry.base_models import BaseModel
+from registry.cards import wanted
+from registry.errors import AdmissionError
+from registry.events import append, new_event
+from registry.project import Project
+from registry.store import Store
+from serving.engine import BASE, Engine
+from serving.routes import Away, Board, Route, Routes
+from serving.swap import Landed, ProbeFailed, bring_up
+from serving.vllm_process import EngineConfig
+
+KEPT_SWAPS = 20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the store wants of one model: the versions to hold loaded, the champion first.
+
+    `closed` says why this server does not answer for the model at all.
+    """
+
+    model: str
+    versions: tuple[Version, ...]
+    closed: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Wanted against actual. `live` is public model name -> `model@N`; `named`: versions that anybody may name."""
+
+    live: Mapping[str, str]
+    named: frozenset[str]
+    away: Mapping[str, Away]
+    closed: Mapping[str, str]
+    unload: tuple[str, ...]
+
+
+class Reconciler:
+    """`step` is one round; `loaded`, `refused` and `swaps` are for whoever asks for the state."""
+
+    def __init__(self, project: Project, store: Store, board: Board, engine: Engine, config: EngineConfig) -> None:
+        self.project, self.store, self.board, self.engine, self.config = project, store, board, engine, config
+        self.landed: dict[str, Landed] = {}
+        self.refused: dict[str, str] = {}
+        self.swaps: list[dict[str, Any]] = []
+        self.loaded: dict[str, str] = {}
+
+    async def step(self) -> None:
+        """Bring up what is missing, flip what has landed, drop what nobody needs. Raises EngineError."""
+        models = await asyncio.to_thread(wanted_models, self.store, self.config.base)
+        self.loaded = await self.engine.models()
+        self.landed = {name: each for name, each in self.landed.items() if name in self.loaded}
+        for version in to_bring_up(models, self.landed, self.refused):
+            await self._bring_up(version)
+            await self._apply(decide(models, self.landed, self.refused, self._live(), self.loaded))
+        decision = decide(models, self.landed, self.refused, self._live(), self.loaded)
+        await self._apply(decision)
+        await self._unload(decision.unload)
+
+    async def _bring_up(self, version: Version) -> None:
+        folder = self.project.home / version.folder
+        try:
+            self.landed[version.name] = await bring_up(self.engine, version, folder, self.config.max_rank)
+        except AdmissionError as error:
+            self.refused[version.name] = error.what
+            await asyncio.to_thread(self._note_refusal, version, error)
+        self.loaded = await self.engine.models()
+
+    async def _apply(self, decision: Decision) -> None:
+        before = self._live()
+        routes = self._routes(decision)
+        if _same(routes, self.board.routes):
+            return
+        began = time.perf_counter()
+        self.board.flip(routes)
+        flip = time.perf_counter() - began
+        for model, name in decision.live.items():
+            if before.get(model) != name:
+                await asyncio.to_thread(self._note_flip, model, name, before.get(model), flip)
+
+    def _routes(self, decision: Decision) -> Routes:
+        named = {name: Route(name, self.engine) for name in decision.named}
+        internal = {**{name: Route(name, self.engine) for name in self.loaded}, BASE: Route(BASE, self.engine)}
+        public = {model: Route(name, self.engine) for model, name in decision.live.items()}
+        return Routes(public={**named, **public}, internal=internal, away=decision.away, closed=decision.closed)
+
+    def _live(self) -> dict[str, str]:
+        """Public model name -> version, as this engine answers now."""
+        public = self.board.routes.public.items()
+        return {name: each.adapter for name, each in public if "@" not in name and each.engine is self.engine}
+
+    async def _unload(self, names: tuple[str, ...]) -> None:
+        # An evaluation loads versions of its own into this engine, and asks them past the gateway.
+        if names and not await asyncio.to_thread(wanted, self.project, self.config.card, "eval"):
+            for name in names:
+                if not self.board.in_flight[name]:
+                    await self.engine.unload(name)
+                    self.landed.pop(name, None)
+
+    def _note_flip(self, model: str, name: str, before: str | None, flip: float) -> None:
+        landed = self.landed[name]
+        swap: dict[str, Any] = {
+            "route": model,
+            "from": before,
+            "seconds": {**landed.seconds, "flip": round(flip, 7)},
+            "parity": {"outcome": landed.parity.outcome, "reason": landed.parity.reason, **landed.parity.numbers},
+        }
+        moved = _last_move(self.store, model)
+        if moved and f"{model}@{moved.version}" == name:
+            swap["since_promotion"] = round(time.time() - moved.created, 3)
+            append(self.store, new_event("ft/serving", "adapter.served", name, swap, key=f"served-{moved.id}"))
+        self.swaps = [*self.swaps, {"version": name, "at": time.time(), **swap}][-KEPT_SWAPS:]
+
+    def _note_refusal(self, version: Version, error: AdmissionError) -> None:
+        moved = _last_move(self.store, version.model)
+        numbers = error.parity.numbers if isinstance(error, ProbeFailed) else {}
+        data = {"reason": error.what, "place": error.place, "parity": numbers}
+        key = f"refused-{version.name}-{moved.id if moved else 0}"
+        append(self.store, new_event("ft/serving", "adapter.refused", version.name, data, key=key))
+
+
+def wanted_models(store: Store, base: BaseModel) -> list[Wanted]:
+    """Every model that has a version, and what of it belongs on an engine for `base`."""
+    models = store.read("SELECT DISTINCT model FROM versions ORDER BY model")
+    return [_wanted(store, each["model"], base) for each in models]
+
+
+def to_bring_up(models: list[Wanted], landed: Mapping[str, Landed], refused: Mapping[str, str]) -> list[Version]:
+    """Pure. Champions of all models before any previous version."""
+    missing = [
+        (place, version)
+        for each in models
+        for place, version in enumerate(each.versions)
+        if version.name not in landed and version.name not in refused
+    ]
+    return [version for _, version in sorted(missing, key=lambda pair: pair[0])]
+
+
+def decide(
+    models: list[Wanted],
+    landed: Mapping[str, Landed],
+    refused: Mapping[str, str],
+    live: Mapping[str, str],
+    loaded: Mapping[str, str],
+) -> Decision:
+    """Pure. A model's route leads to its champion once that has landed; until then, to what answered before."""
+    routes: dict[str, str] = {}
+    away: dict[str, Away] = {}
+    for each in models:
+        names = [version.name for version in each.versions]
+        # Behind a refused champion the version before it answers; one that is still coming up is waited for.
+        candidates = [names[0], live.get(each.model, ""), *(names if names[0] in refused else [])] if names else []
+        found = next((name for name in candidates if name in landed), None)
+        if found:
+            routes[each.model] = found
+        elif names:
+            away[each.model] = _away(names[0], refused)
+        away |= {name: _away(name, refused) for name in names if name not in landed}
+    keep = {*routes.values(), *(version.name for each in models for version in each.versions)}
+    closed = {each.model: each.closed for each in models if each.closed}
+    return Decision(routes, frozenset(keep & set(landed)), away, closed, tuple(sorted(set(loaded) - keep)))
+
+
+def nothing_answers(models: list[Wanted], why: Away) -> Routes:
+    """Pure. The routes while there is no engine: every name that should lead somewhere is away."""
+    names = {name for each in models if each.versions for name in (each.model, *(v.name for v in each.versions))}
+    return Routes(away=dict.fromkeys(names, why), closed={each.model: each.closed for each in models if each.closed})
+
+
+def rank_needed(store: Store, base: BaseModel) -> int:
+    """The largest rank among the versions of `base` that an alias names; 0 without any."""
+    return max((int(each.body["rank"]) for each in _aliased(store) if _is_on(each, base)), default=0)
+
+
+def _wanted(store: Store, model: str, base: BaseModel) -> Wanted:
+    aliases = adapters.aliases(store, model)
+    if "champion" not in aliases:
+        return Wanted(model, (), "it has no champion yet")
+    named = [adapters.get_version(store, model, aliases[each]) for each in ("champion", "previous") if each in aliases]
+    if not _is_on(named[0], base):
+        return Wanted(model, (), f"its champion is on another base model ({named[0].body['base']['source']})")
+    return Wanted(model, tuple(version for version in named if _is_on(version, base)))
+
+
+def _aliased(store: Store) -> list[Version]:
+    found = {(each["model"], each["version"]) for each in store.read("SELECT model, version FROM aliases")}
+    return [adapters.get_version(store, model, version) for model, version in sorted(found)]
+
+
+def _is_on(version: Version, base: BaseModel) -> bool:
+    return bool(version.body["base"]["digest"] == base.digest)
+
+
+def _away(champion: str, refused: Mapping[str, str]) -> Away:
+    if champion in refused:
+        return Away(f"{champion} was refused: {refused[champion]}", retry_after=60, hold=False)
+    return Away(f"{champion} is being loaded")
+
+
+def _last_move(store: Store, model: str) -> adapters.Promotion | None:
+    moves = adapters.promotions(store, model)
+    return moves[-1] if moves else None
+
+
+def _same(one: Routes, other: Routes) -> bool:
+    return (one.public, one.internal, one.away, one.closed) == (other.public, other.internal, other.away, other.closed)

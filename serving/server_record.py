@@ -1,0 +1,155 @@
+"""What other processes can know of this project's server: its row in the store, its lock, and its keys.
+
+The row is a heartbeat with the state in it. Keys are never in the database: they are in `.ft/server.json`, which
+only its owner can read. Whether the server lives is read off its lock, which no dead process can hold.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from registry.errors import Conflict
+from registry.project import Project
+from registry.recipe import Serve
+from registry.store import Store, dump
+from serving.vllm_process import EngineConfig
+
+ROW = "server"
+STALE_SECONDS = 30.0
+# How a server that ends by an error says so in the last line of its log.
+ERROR_LINE = "error: "
+
+State = Literal[
+    "starting",
+    "waiting for the card",
+    "serving",
+    "engine restarting",
+    "giving the card to training",
+    "card given to training",
+    "stopping",
+]
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """One heartbeat. `routes` is public name -> version; `swaps` the last flips with the seconds of their parts."""
+
+    pid: int
+    state: State
+    reason: str
+    base: dict[str, Any]
+    serve: dict[str, Any]
+    card: str
+    max_rank: int
+    gateway_url: str
+    engine_url: str = ""
+    engine_pid: int | None = None
+    engine_starts: int = 0
+    routes: dict[str, str] = field(default_factory=dict)
+    loaded: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    swaps: list[dict[str, Any]] = field(default_factory=list)
+    started: float = 0.0
+    heartbeat: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def serves(self, need: EngineConfig) -> bool:
+        """Is this server's engine one that `need` asks for? Its rank may still grow, so it is not looked at."""
+        here = Serve(**self.serve)
+        same = self.base["digest"] == need.base.digest and self.card == need.card.name
+        return same and here.max_context >= need.serve.max_context
+
+
+def server_status(store: Store) -> ServerStatus | None:
+    """The project's server; None if there is none, it is dead, or it has not been heard of for half a minute."""
+    status = last_words(store)
+    if status is None or not _is_locked(_lock_path(store)) or time.time() - status.heartbeat > STALE_SECONDS:
+        return None
+    return status
+
+
+def last_words(store: Store) -> ServerStatus | None:
+    """The last heartbeat, of a dead server too."""
+    row = store.first("SELECT * FROM servers WHERE id = ?", (ROW,))
+    return ServerStatus(**json.loads(row["body"]), started=row["started"], heartbeat=row["heartbeat"]) if row else None
+
+
+def write_status(store: Store, status: ServerStatus) -> None:
+    body = {name: value for name, value in status.as_dict().items() if name not in ("started", "heartbeat")}
+    with store.writing() as connection:
+        connection.execute(
+            "INSERT INTO servers (id, started, heartbeat, body) VALUES (?,?,?,?) ON CONFLICT (id) DO UPDATE "
+            "SET started = excluded.started, heartbeat = excluded.heartbeat, body = excluded.body",
+            (ROW, status.started, time.time(), dump(body)),
+        )
+
+
+@contextmanager
+def only_server(project: Project, store: Store) -> Iterator[None]:
+    """Be this project's server while the block runs. Raises Conflict if another process is."""
+    fd = os.open(_lock_path(store), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Conflict("a server of this project runs already", place=str(project.home),
+                       fix="`ft serve status` shows it, `ft serve down` stops it") from None  # fmt: skip
+    try:
+        yield
+    finally:
+        keys_path(project).unlink(missing_ok=True)
+        os.close(fd)
+
+
+def is_gone(store: Store) -> bool:
+    """Has the server let go of everything?"""
+    return not _is_locked(_lock_path(store))
+
+
+def write_keys(project: Project, keys: dict[str, str]) -> None:
+    partial = keys_path(project).with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        json.dump(keys, out)
+    partial.replace(keys_path(project))
+
+
+def read_keys(project: Project) -> dict[str, str]:
+    """internal_key, gateway_url, engine_url and engine_key of the running server; {} without one."""
+    try:
+        return {str(name): str(value) for name, value in json.loads(keys_path(project).read_bytes()).items()}
+    except (OSError, ValueError):
+        return {}
+
+
+def keys_path(project: Project) -> Path:
+    return project.home / "server.json"
+
+
+def _lock_path(store: Store) -> Path:
+    return store.path.with_name("server.lock")
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
