@@ -37,7 +37,8 @@ Text = Annotated[str, AfterValidator(_no_variable)]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Infinite numbers would come back from JSON as null.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Base(Part):
@@ -172,11 +173,12 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(plain, dict):
         raise RecipeError("a recipe is a mapping of keys to values", place=str(path), fix="start with `kind: finetune`")
     kind = plain.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(
             f"kind is {kind!r}, and must be one of: {', '.join(KINDS)}",
             place=f"{path}:{_line(node, ('kind',))}",
         )
+    written = set(plain)
     plain.setdefault("name", _stem(path))
     plain.setdefault("model", plain["name"])
     if isinstance(plain.get("base"), str):  # `base: ID` is short for `base: {model: ID}`
@@ -184,7 +186,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return KINDS[kind].model_validate(plain)
     except ValidationError as error:
-        lines = [_explain(path, node, problem) for problem in error.errors()]
+        problems = [each for each in error.errors() if each["loc"] != ("model",) or "model" in written]
+        lines = [_explain(path, node, problem) for problem in problems]
         raise RecipeError(
             "\n".join(lines), fix=f"`ft recipe schema` lists every key; then `ft recipe check {path}`"
         ) from None
@@ -223,6 +226,8 @@ def _read(path: Path) -> str:
         raise RecipeError(f"larger than {MAX_BYTES} bytes, so hardly a recipe", place=str(path))
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", place=str(path)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"not UTF-8 text ({error.reason} at byte {error.start})", place=str(path)) from error
 
@@ -236,8 +241,10 @@ def _nearest_file(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> tuple[yaml.Node | None, Any]:
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise RecipeError("YAML aliases (*name) are not allowed in recipes", place=str(path))
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.AliasToken):
+                line = token.start_mark.line + 1
+                raise RecipeError("YAML aliases (*name) are not allowed in recipes", place=f"{path}:{line}")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         repeated = list(_repeated_keys(path, node))
         if repeated:
@@ -255,9 +262,10 @@ def _repeated_keys(path: Path, node: yaml.Node | None) -> Iterator[str]:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if key.value in seen:
-                yield f"{path}:{key.start_mark.line + 1}: {key.value}: given twice"
-            seen.add(key.value)
+            if isinstance(key, yaml.ScalarNode):  # a list as a key is refused later, with its own message
+                if key.value in seen:
+                    yield f"{path}:{key.start_mark.line + 1}: {key.value}: given twice"
+                seen.add(key.value)
             yield from _repeated_keys(path, value)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
@@ -269,7 +277,8 @@ def _stem(path: Path) -> str:
 
 
 def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
-    place = tuple(part for part in problem["loc"] if part not in KINDS)
+    # Of a union, pydantic names the branch too: targets.list[str].1
+    place = tuple(part for part in problem["loc"] if problem["type"] == "extra_forbidden" or "[" not in str(part))
     dotted = ".".join(str(part) for part in place)
     line = _line(node, place)
     if problem["type"] == "extra_forbidden":
@@ -285,7 +294,7 @@ def _line(node: yaml.Node | None, place: tuple[Any, ...]) -> int:
     line = node.start_mark.line + 1 if node else 1
     for part in place:
         if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == part), None)
+            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
             if found is None:
                 return line
             line, node = found[0].start_mark.line + 1, found[1]
