@@ -2,6 +2,8 @@
 
 A card is held by an flock on its file in the shared cache. The lock's descriptor is inherited by the program
 that uses the card (a trainer, vLLM), so it is free when that program is really gone, whoever else was killed.
+To look is to try the lock as well: a second lock, the guard, is held for that moment, so that who looks is never
+taken for a holder, and nobody sees a lock or a marker that is only half made.
 
 Training and serving on one card take turns: who wants it puts a marker beside the lock. A server gives way to a
 live `train` marker, except while there is a live `eval` marker: an evaluation needs the engine.
@@ -72,31 +74,34 @@ class CardLock:
 
 def try_lock(project: Project, card: Card, holder: str) -> CardLock | None:
     """The card's lock, or None while somebody else holds it. `holder` is written into the file for people."""
-    fd = os.open(_folder(project, card) / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, holder.encode(), 0)
-    os.set_inheritable(fd, True)
-    return CardLock(fd)
+    with _guarded(project, card) as folder:
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, holder.encode(), 0)
+        os.set_inheritable(fd, True)
+        return CardLock(fd)
 
 
 def holder(project: Project, card: Card) -> str:
     """Who holds the card, '' if nobody does."""
-    lock = _folder(project, card) / "lock"
-    return lock.read_text(encoding="utf-8") if lock.exists() and _is_locked(lock) else ""
+    with _guarded(project, card) as folder:
+        lock = folder / "lock"
+        return lock.read_text(encoding="utf-8") if _is_locked(lock) else ""
 
 
 @contextmanager
 def marker(project: Project, card: Card, purpose: Purpose) -> Iterator[None]:
     """Make it known, while the block runs, that this process wants the card (or its engine)."""
-    path = _folder(project, card) / f"{purpose}-{uuid.uuid4().hex}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
+    with _guarded(project, card) as folder:
+        path = folder / f"{purpose}-{uuid.uuid4().hex}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -106,11 +111,12 @@ def marker(project: Project, card: Card, purpose: Purpose) -> Iterator[None]:
 def wanted(project: Project, card: Card, purpose: Purpose) -> bool:
     """Is there a live marker of that purpose? Markers of dead processes are removed on the way."""
     found = False
-    for path in _folder(project, card).glob(f"{purpose}-*"):
-        if _is_locked(path):
-            found = True
-        else:
-            path.unlink(missing_ok=True)
+    with _guarded(project, card) as folder:
+        for path in folder.glob(f"{purpose}-*"):
+            if _is_locked(path):
+                found = True
+            else:
+                path.unlink(missing_ok=True)
     return found
 
 
@@ -124,10 +130,17 @@ def lock_when_free(project: Project, card: Card, holder_: str, stop: Callable[[]
         time.sleep(poll)
 
 
-def _folder(project: Project, card: Card) -> Path:
+@contextmanager
+def _guarded(project: Project, card: Card) -> Iterator[Path]:
+    """The card's folder, with this process alone at work in it for a moment."""
     folder = project.cards / card.name
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    fd = os.open(folder / "guard", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(fd)
 
 
 def _is_locked(path: Path) -> bool:
@@ -136,7 +149,6 @@ def _is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        # Shared, so that two who look at once do not take each other for the holder.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
