@@ -135,7 +135,7 @@ def test_variables_stand_where_a_secret_or_an_address_does(tmp_path: Path, monke
     text = GOOD.replace("base: org/model", "base: {model: org/model, token: '${FT_T}'}")
     loaded = load_recipe(written(tmp_path, text + "tracking: {uri: 'http://${FT_HOST}:5000'}\n"))
     assert expand(loaded.base.token, "base.token") is None  # not set: the model may need no token
-    with pytest.raises(RecipeError, match="tracking.uri: not set: FT_HOST"):
+    with pytest.raises(RecipeError, match=r"tracking\.uri: not set: FT_HOST"):
         expand(loaded.tracking.uri, "tracking.uri")
     before = digest(loaded)
     monkeypatch.setenv("FT_T", "hf_secret")
@@ -147,7 +147,7 @@ def test_variables_stand_where_a_secret_or_an_address_does(tmp_path: Path, monke
 
 def test_the_digest_is_of_the_meaning(tmp_path: Path) -> None:
     first = digest(load_recipe(written(tmp_path, GOOD)))
-    keys = "evaluate: {task: label}   # as always\n\nbase:\n  model: org/model\nkind: finetune\ndata: {path: datasets/tickets}"
+    keys = "evaluate: {task: label}   # so\n\nbase:\n  model: org/model\nkind: finetune\ndata: {path: datasets/tickets}"
     assert digest(load_recipe(written(tmp_path, keys))) == first
     assert digest(load_recipe(written(tmp_path, GOOD + "train: {learning_rate: 2e-4, epochs: 1}\n"))) == first
     assert digest(load_recipe(written(tmp_path, GOOD + "train: {learning_rate: 3e-4}\n"))) != first
@@ -203,14 +203,20 @@ tasks = some.one_of(
     ),
     some.fixed_dictionaries({"task": some.just("text")}, optional={"probes": some.lists(words)}),
 )
+gates = given_keys(min=rarely(shares), beat_base_by=rarely(some.floats(-1, 1)), may_lose=shares)
 recipes = some.fixed_dictionaries(
     {"kind": some.just("finetune"), "base": words, "data": some.fixed_dictionaries({"path": words}), "evaluate": tasks},
     optional={
-        "name": names, "model": names, "description": words, "use": some.sampled_from(["research", "commercial"]),
-        "train": trains, "gate": given_keys(min=rarely(shares), beat_base_by=rarely(some.floats(-1, 1)), may_lose=shares),
-        "promote": some.sampled_from(["auto", "manual"]), "tracking": given_keys(uri=rarely(words), experiment=rarely(words)),
+        "name": names,
+        "model": names,
+        "description": words,
+        "use": some.sampled_from(["research", "commercial"]),
+        "train": trains,
+        "gate": gates,
+        "promote": some.sampled_from(["auto", "manual"]),
+        "tracking": given_keys(uri=rarely(words), experiment=rarely(words)),
     },
-)  # fmt: skip
+)
 
 
 @settings(max_examples=120, deadline=None)

@@ -1,0 +1,169 @@
+"""Cards: who holds one, who wants one, and that looking disturbs nobody. The processes are real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from registry.cards import CardLock, holder, list_cards, lock_when_free, marker, pick_card, try_lock, wanted
+from registry.errors import Trouble, WrongInput
+from registry.project import Project
+from tests.conftest import run_bounded, started
+
+CPU = pick_card("cpu")
+SLEEP = [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"]
+# The holder starts a child that inherits the card, says its pid, and waits.
+PARENT = """
+import subprocess, sys, time
+from registry.cards import pick_card, try_lock
+from registry.project import find_project
+lock = try_lock(find_project(), pick_card("cpu"), "the parent")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock.fd])
+lock.release()
+print(child.pid, flush=True)
+child.wait()
+time.sleep(60)
+"""
+MARKER = """
+import sys, time
+from registry.cards import marker, pick_card
+from registry.project import find_project
+with marker(find_project(), pick_card("cpu"), sys.argv[1]):
+    print("on", flush=True)
+    time.sleep(60)
+"""
+LOOKER = """
+import sys, time
+from registry.cards import holder, pick_card, wanted
+from registry.project import find_project
+project, card, end = find_project(), pick_card("cpu"), time.monotonic() + float(sys.argv[1])
+print("on", flush=True)
+while time.monotonic() < end:
+    holder(project, card), wanted(project, card, "train")
+"""
+MARKERS = """
+import sys, time
+from registry.cards import marker, pick_card, wanted
+from registry.project import find_project
+project, card, end, made = find_project(), pick_card("cpu"), time.monotonic() + float(sys.argv[1]), 0
+while time.monotonic() < end:
+    with marker(project, card, "train"):
+        assert wanted(project, card, "train"), f"marker {made} is not seen"
+    made += 1
+print(made)
+"""
+
+
+def locked(project: Project, name: str = "a test") -> CardLock:
+    lock = try_lock(project, CPU, name)
+    assert lock is not None
+    return lock
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come about in time"
+        time.sleep(0.01)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_one_holds_a_card_and_says_who(project: Project) -> None:
+    assert holder(project, CPU) == ""
+    lock = locked(project, "a long name for a holder")
+    assert try_lock(project, CPU, "another") is None
+    assert holder(project, CPU) == "a long name for a holder"
+    lock.release()
+    assert holder(project, CPU) == ""
+    locked(project, "short").release()
+    assert (project.cards / "cpu" / "lock").read_text() == "short"
+
+
+def test_a_child_inherits_the_card_and_frees_it_when_killed_though_the_parent_lives(project: Project) -> None:
+    with started([sys.executable, "-c", PARENT], cwd=project.root) as parent:
+        child = int(first_line(parent))
+        assert holder(project, CPU) == "the parent"
+        assert try_lock(project, CPU, "another") is None
+        os.kill(child, signal.SIGKILL)
+        until(lambda: holder(project, CPU) == "")
+        assert parent.poll() is None
+        locked(project).release()
+
+
+def test_the_parent_dies_and_the_child_keeps_the_card(project: Project) -> None:
+    with started([sys.executable, "-c", PARENT], cwd=project.root) as parent:
+        child = int(first_line(parent))
+        parent.kill()
+        parent.wait(10)
+        assert holder(project, CPU) == "the parent"
+        os.kill(child, signal.SIGKILL)
+        until(lambda: holder(project, CPU) == "")
+
+
+def test_a_marker_is_gone_with_its_process(project: Project) -> None:
+    with started([sys.executable, "-c", MARKER, "train"], cwd=project.root) as process:
+        assert first_line(process) == "on"
+        assert wanted(project, CPU, "train")
+        assert not wanted(project, CPU, "eval")
+        process.kill()
+        process.wait(10)
+        assert not wanted(project, CPU, "train")
+    assert list((project.cards / "cpu").glob("train-*")) == []
+
+
+def test_a_marker_lasts_as_long_as_its_block(project: Project) -> None:
+    with marker(project, CPU, "eval"), marker(project, CPU, "eval"):
+        assert wanted(project, CPU, "eval")
+    assert not wanted(project, CPU, "eval")
+
+
+def test_two_who_look_all_the_time_are_never_taken_for_a_holder(project: Project) -> None:
+    look = [sys.executable, "-c", LOOKER, "2.5"]
+    with started(look, cwd=project.root) as one, started(look, cwd=project.root) as two:
+        assert (first_line(one), first_line(two)) == ("on", "on")
+        end, times = time.monotonic() + 1.5, 0
+        while time.monotonic() < end:
+            lock = try_lock(project, CPU, "the only one")
+            assert lock is not None, f"refused after {times} times, though nobody holds the card"
+            assert holder(project, CPU) == "the only one"
+            lock.release()
+            times += 1
+        assert times > 20
+        assert (one.wait(20), two.wait(20)) == (0, 0)
+
+
+def test_a_marker_is_never_taken_away_from_who_is_just_making_it(project: Project) -> None:
+    look, make = [sys.executable, "-c", LOOKER, "2.5"], [sys.executable, "-c", MARKERS, "1.5"]
+    with started(look, cwd=project.root), started(look, cwd=project.root):
+        done = run_bounded(make, 30, cwd=project.root)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
+
+
+def test_waiting_for_a_card_ends_when_it_is_free_or_when_told(project: Project) -> None:
+    with started(SLEEP, pass_fds=[(lock := locked(project, "a sleeper")).fd], cwd=project.root) as sleeper:
+        lock.release()
+        assert first_line(sleeper) == "on"
+        with pytest.raises(Trouble, match="gave up waiting for card cpu") as caught:
+            lock_when_free(project, CPU, "me", stop=lambda: True)
+        assert caught.value.place == "a sleeper"
+        sleeper.kill()
+        lock_when_free(project, CPU, "me", stop=lambda: False, poll=0.01).release()
+
+
+def test_cards_are_named_as_recipes_write_them() -> None:
+    assert (CPU.name, CPU.is_cpu, CPU.memory > 1 << 29) == ("cpu", True, True)
+    assert pick_card("auto") == list_cards()[0]
+    with pytest.raises(WrongInput, match="no card 'cuda:99' on this host") as caught:
+        pick_card("cuda:99")
+    assert "there is: " in caught.value.fix
