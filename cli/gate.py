@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 def gate(
     reference: Annotated[str, typer.Argument(metavar="MODEL[@N|@ALIAS]", help="What to judge; @candidate otherwise")],
-    report: Annotated[str, typer.Option("--report", help="markdown, junit or json")] = "",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the report there")] = None,
+    report: Annotated[
+        list[str] | None, typer.Option("--report", help="markdown, junit or json; may be repeated")
+    ] = None,
+    out: Annotated[list[Path] | None, typer.Option("--out", "-o", help="File of the first --report, and so on")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON")] = False,
 ) -> None:
     """Judge a version again and keep the verdict; nothing is promoted.
@@ -35,7 +38,7 @@ def gate(
     from registry.settings import load_settings
     from registry.store import open_store
 
-    form = _form(report, out, as_json)
+    reports = _reports(report or [], out or [], as_json)
     project = find_project()
     store, settings = open_store(project), load_settings(project)
     version = find_version(store, reference if "@" in reference else f"{reference}@candidate")
@@ -43,28 +46,26 @@ def gate(
         judged = asyncio.run(judge_version(project, store, settings, version, progress))
     verdict = add_verdict(store, version.model, version.version, judged.outcome, judged.body, None)
     _mirror(project, version, verdict)
-    _show(verdict, form, out, as_json)
+    _show(verdict, reports, as_json)
     _leave(verdict, as_json)
 
 
-def _form(report: str, out: Path | None, as_json: bool) -> Form | None:
-    """Before anything is asked: evaluation takes minutes, a wrong option none."""
+def _reports(forms: list[str], files: list[Path], as_json: bool) -> list[tuple[Form, Path | None]]:
+    """What to write where (None: to standard output). Wrong options are refused before anything is asked."""
     from registry.errors import WrongInput
 
-    forms: dict[str, Form] = {"markdown": "markdown", "junit": "junit", "json": "json"}
-    if report and report not in forms:
-        raise WrongInput(f"no report '{report}'", place="--report", fix=f"there is: {', '.join(forms)}")
-    if out is not None and not report:
-        raise WrongInput(
-            "--out needs a form", place="--out", fix="add --report markdown, --report junit or --report json"
-        )
-    if out is not None and not out.absolute().parent.is_dir():
-        raise WrongInput("no such folder", place=str(out.absolute().parent), fix="make it first")
-    if report and out is None and as_json:
-        raise WrongInput(
-            "--json and --report would both print", place="--report", fix="write the report with --out FILE"
-        )
-    return forms.get(report)
+    known: dict[str, Form] = {"markdown": "markdown", "junit": "junit", "json": "json"}
+    for form in forms:
+        if form not in known:
+            raise WrongInput(f"no report '{form}'", place="--report", fix=f"there is: {', '.join(known)}")
+    if len(files) > len(forms):
+        raise WrongInput("--out needs a form", place="--out", fix=f"add --report {', --report '.join(known)}")
+    for file in files:
+        if not file.absolute().parent.is_dir():
+            raise WrongInput("no such folder", place=str(file.absolute().parent), fix="make it first")
+    if len(forms) - len(files) + as_json > 1:
+        raise WrongInput("only one report can be printed", place="--report", fix="write the others with --out FILE")
+    return [(known[form], file) for form, file in zip_longest(forms, files)]
 
 
 def _mirror(project: Project, version: Version, verdict: Verdict) -> None:
@@ -81,22 +82,23 @@ def _mirror(project: Project, version: Version, verdict: Verdict) -> None:
         print(f"the verdict is kept, but MLflow was not told: {error}", file=sys.stderr)
 
 
-def _show(verdict: Verdict, form: Form | None, out: Path | None, as_json: bool) -> None:
+def _show(verdict: Verdict, reports: list[tuple[Form, Path | None]], as_json: bool) -> None:
     from dataclasses import asdict
 
     from cli.console import print_json, say
     from registry.gate_report import report
 
-    if form and out:
-        out.write_text(report(verdict, form), encoding="utf-8")
+    for form, file in reports:
+        if file is None:
+            print(report(verdict, form), end="")
+        else:
+            file.write_text(report(verdict, form), encoding="utf-8")
     if as_json:
         print_json(asdict(verdict))
-    elif form and not out:
-        print(report(verdict, form), end="")
-    else:
+    elif all(file for _, file in reports):
         for check in verdict.body["checks"]:
             say(f"  {check['outcome']:9} {check['name']}: {check['text']}")
-        say(f"{verdict.model}@{verdict.version}: {verdict.outcome}" + (f"; report in {out}" if out else ""))
+        say(f"{verdict.model}@{verdict.version}: {verdict.outcome}")
 
 
 def _leave(verdict: Verdict, as_json: bool) -> None:

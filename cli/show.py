@@ -33,7 +33,7 @@ def show(
     for step in steps:
         took = f"{step.finished - step.started:.1f} s" if step.finished else "on, or cut off"
         again = f" (attempt {step.attempt})" if step.attempt > 1 else ""
-        rows.append([step.name + again, took, str(step.note.get("error", ""))])
+        rows.append([step.name + again, took, str(step.note.get("error", ""))[:80]])
     table(["step", "took", ""], rows)
     if dataset := run.result.get("dataset"):
         say(f"dataset {dataset['path']} at {dataset['hash']}, rows: {dataset['rows']}")

@@ -51,6 +51,8 @@ def exit_as(run: runs.Run, as_json: bool) -> None:
     if as_json:
         print_json(outcome(store, run))
     else:
+        words = {"succeeded": "done", "refused": "the gate did not let it through"}
+        say(f"\n{run.id}: {words.get(run.state, run.state)}")
         print_outcome(store, run)
     if run.state == "refused":
         sys.exit(GateClosed.exit_code)
@@ -73,9 +75,8 @@ def outcome(store: Store, run: runs.Run) -> dict[str, Any]:
 
 
 def print_outcome(store: Store, run: runs.Run) -> None:
+    """Scores, checks, what moved, and where the time went."""
     result = run.result
-    words = {"succeeded": "done", "refused": "the gate did not let it through"}
-    say(f"\n{run.id}: {words.get(run.state, run.state)}")
     if "scores" in result:
         metrics = sorted({name for each in result["scores"].values() for name in each})
         rows = [[_subject(subject, result), *(f"{each[name]:.3f}" for name in metrics)]

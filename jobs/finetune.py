@@ -299,13 +299,15 @@ async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, fold
             poll = await asyncio.to_thread(target.poll, folder)
             if poll.state == "done" and _is_final(bench, poll, folder):
                 return poll
-            if poll.state != "running":
+            if poll.state == "running":
+                runs.set_stage(bench.store, run_id, "train")
+            else:
                 lost += poll.state == "lost"
                 if lost > LOST_TRAINERS:
                     raise JobError(f"the trainer died {lost} times", place=str(folder / "log.txt"),
                                    fix=f"read it with `ft logs {run_id}`, then `ft resume {run_id}`")  # fmt: skip
-                runs.set_stage(bench.store, run_id, "train" if poll.state != "waiting" else f"train: {poll.note}")
                 await asyncio.to_thread(target.launch, folder)
+                runs.set_stage(bench.store, run_id, f"train: {target.waits_for(folder)}")
             kind = "waiting" if poll.state == "waiting" else "training"
             await bench.outside(kind, asyncio.sleep(WATCH_SECONDS))
     finally:

@@ -101,7 +101,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
         return
     # Split at newlines only: str.splitlines would also cut at U+2028 inside of a JSON string.
     lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not raw.strip():
+    if not any(line.strip() for line in lines):
         yield 0, None, "the file is empty"
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -188,7 +188,7 @@ def _text(path: Path) -> tuple[str, str]:
         raw = path.read_bytes()
     except OSError as error:
         return "", "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-    if not raw.strip():
+    if not raw.removeprefix(b"\xef\xbb\xbf").strip():
         return "", "the file is empty"
     try:
         return raw.decode("utf-8-sig"), ""

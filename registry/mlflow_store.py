@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from registry.recipe import Recipe, expand
 
 RUN_TAG = "ft.run"
 METRICS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory")
+_process_wide = threading.Lock()
 # The packages whose versions decide what an adapter becomes.
 STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "mlflow", "dvc", "dbos")
 
@@ -100,9 +102,10 @@ class Tracker:
                 return int(done[0].version)
             logged = self._logged_model(client, tracked, model, run_id, folder)
             tags = {RUN_TAG: run_id, **{f"ft.{name}": _text(value) for name, value in facts.items()}}
-            made = client.create_model_version(
-                model, source=logged.model_uri, run_id=tracked.run_id, tags=tags, model_id=logged.model_id
-            )
+            with _resolving_at(self.uri):
+                made = client.create_model_version(
+                    model, source=logged.model_uri, run_id=tracked.run_id, tags=tags, model_id=logged.model_id
+                )
             return int(made.version)
 
     def log_scores(self, tracked: Tracked, scores: dict[str, dict[str, float]]) -> None:
@@ -171,6 +174,24 @@ class Tracker:
                 place=self.uri.split("@")[-1],
                 fix="start it again (or check MLFLOW_TRACKING_URI); nothing of the run is lost, `ft resume` goes on",
             ) from error
+
+
+@contextmanager
+def _resolving_at(uri: str) -> Iterator[None]:
+    """The registry resolves `models:/m-...` by MLflow's process-wide tracking URI, whatever the client's is."""
+    import mlflow
+
+    with _process_wide:
+        # set_tracking_uri writes the environment variable too, and a later `Tracker` would read it there.
+        before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+            if variable is not None:
+                os.environ["MLFLOW_TRACKING_URI"] = variable
 
 
 def tracker_for(project: Project, recipe: Recipe) -> Tracker:

@@ -55,7 +55,12 @@ class LocalCard:
             return Poll("done", result)
         if job.lease():
             return Poll("lost", note="the trainer is gone and has left no result")
-        return Poll("waiting", note=f"card {self.card.name} is held by {holder(self.project, self.card) or 'nobody'}")
+        return Poll("waiting", note=self.waits_for(folder))
+
+    def waits_for(self, folder: Path) -> str:
+        """For people: who has the card, or that the trainer is starting."""
+        has = holder(self.project, self.card)
+        return "starting" if has in ("", _holder_name(JobFolder(folder))) else f"card {self.card.name} is held by {has}"
 
     def fetch(self, folder: Path, target: Path) -> None:
         if target.is_dir() and not broken_files(target):
