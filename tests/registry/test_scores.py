@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ def row(question: str, answer: str) -> Row:
 def test_a_score_comes_back_as_it_was(store: Store) -> None:
     key = score_key({"subject": "x", "rows": "y"})
     assert find_score(store, key) is None
-    answers = [{"text": "가", "error": "", "attempts": 1}, {"text": None, "error": "500", "attempts": 3}]
+    answers: list[dict[str, Any]] = [{"text": "가", "error": "", "attempts": 1}, {"text": None, "error": "500", "attempts": 3}]
     keep_score(store, key, SCORED, answers)
     assert find_score(store, key) == SCORED
     assert answers_of(store, key) == answers
@@ -67,7 +68,7 @@ def test_without_a_bound_all_rows_come_and_the_seed_matters_with_one() -> None:
     rows = [row(str(at), "abcdefgh"[at % 8]) for at in range(400)]
     assert pick_rows(rows, None, 1) == rows
     assert pick_rows(rows, 400, 1) == rows
-    assert Counter(each.answer for each in pick_rows(rows, 80, 1)) == Counter({label: 10 for label in "abcdefgh"})
+    assert Counter(each.answer for each in pick_rows(rows, 80, 1)) == Counter(dict.fromkeys("abcdefgh", 10))
     assert pick_rows(rows, 80, 1) == pick_rows(rows, 80, 1) != pick_rows(rows, 80, 2)
 
 
