@@ -98,22 +98,25 @@ class JobFolder:
     def claim(self, owner: str, seen: Held | None) -> Held:
         """Take the job: create the lease, or take over the one `seen`. Raises LeaseLost if another was faster."""
         epoch = seen.lease.epoch + 1 if seen else 1
-        return self._swap(seen, Lease(epoch, owner, os.getpid()))
+        with self._exclusive():
+            return self._swap(seen, Lease(epoch, owner, os.getpid()))
 
     def renew(self, held: Held) -> Held:
-        return self._swap(held, replace(held.lease, beat=held.lease.beat + 1))
+        with self._exclusive():
+            return self._swap(held, replace(held.lease, beat=held.lease.beat + 1))
 
     def accept(self, held: Held, result: dict[str, Any], adapter: Path | None = None) -> Held:
         """Publish `result` (and the folder `adapter`) as what counts. Raises LeaseLost: then nothing was published."""
         text = json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False)
-        # The lease first: who has lost it must not overwrite what the winner published. result.json last: killed
-        # before it, the job has no result and is done again from its last checkpoint.
-        accepted = self._swap(held, replace(held.lease, result=_digest(text)))
-        if adapter:
-            shutil.rmtree(self.adapter, ignore_errors=True)
-            adapter.replace(self.adapter)
-        _replace(self.path / "result.json", text)
-        return accepted
+        # One lock around all of it: who loses the lease half-way must not overwrite what the winner publishes.
+        # The lease first, result.json last: killed between, the job has no result and goes on from its checkpoint.
+        with self._exclusive():
+            accepted = self._swap(held, replace(held.lease, result=_digest(text)))
+            if adapter:
+                shutil.rmtree(self.adapter, ignore_errors=True)
+                adapter.replace(self.adapter)
+            _replace(self.path / "result.json", text)
+            return accepted
 
     def result(self) -> dict[str, Any] | None:
         """The accepted result, None while there is none."""
@@ -161,13 +164,12 @@ class JobFolder:
                 shutil.rmtree(each, ignore_errors=True)
 
     def _swap(self, seen: Held | None, new: Lease) -> Held:
-        with self._exclusive():
-            now = self.lease()
-            if (now.etag if now else None) != (seen.etag if seen else None):
-                raise LeaseLost(str(self.path))
-            text = json.dumps(asdict(new), sort_keys=True)
-            _replace(self.path / "lease.json", text)
-            return Held(new, _digest(text))
+        now = self.lease()
+        if (now.etag if now else None) != (seen.etag if seen else None):
+            raise LeaseLost(str(self.path))
+        text = json.dumps(asdict(new), sort_keys=True)
+        _replace(self.path / "lease.json", text)
+        return Held(new, _digest(text))
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
