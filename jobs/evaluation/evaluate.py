@@ -43,12 +43,13 @@ class Subject:
     base: str
     version: int | None = None
     folder: str = ""
+    rank: int = 0
 
     @classmethod
     def of(cls, project: Project, role: str, version: Version) -> Subject:
         digest = manifest_digest(project.home / version.folder)
         base = str(version.body["base"]["digest"])
-        return cls(role, version.name, digest, base, version.version, version.folder)
+        return cls(role, version.name, digest, base, version.version, version.folder, int(version.body["rank"]))
 
     @classmethod
     def bare(cls, base: BaseModel) -> Subject:

@@ -105,5 +105,6 @@ async def _scores(
     if len(kept) == len(request.asked):
         return {subject.role: kept[subject.role] for subject in request.asked}
     card = pick_card(recipe.card)
-    async with engine_for(project, store, settings, base, recipe.serve, card) as engine:
+    rank = max((subject.rank for subject in request.asked), default=0)
+    async with engine_for(project, store, settings, base, recipe.serve, card, rank) as engine:
         return await evaluate(project, store, engine, request, progress)
