@@ -59,8 +59,8 @@ class Step:
 def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, *, queue: bool = False) -> Run:
     """Write the row of a new run. Raises Conflict while another run of the recipe is on, unless `queue`."""
     name, run_id = str(recipe["name"]), f"{recipe['name']}-{secrets.token_hex(5)}"
-    now = time.time()
     with store.writing() as connection:
+        now = time.time()  # under the lock, so that the order of `created` is the order in which runs are seen
         on = connection.execute(
             "SELECT id FROM runs WHERE recipe = ? AND state IN ('submitted', 'running')", (name,)
         ).fetchone()
