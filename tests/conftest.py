@@ -10,8 +10,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,29 @@ def started(
         for pipe in (process.stdout, process.stderr):
             if pipe:
                 pipe.close()
+
+
+WAIT = """
+import pathlib, sys
+print("ready", flush=True)
+while not pathlib.Path(sys.argv[1]).exists():
+    pass
+"""
+
+
+def all_at_once(processes: int, prepare: str, act: str, cwd: Path) -> list[str]:
+    """Python processes that each run `prepare`, wait for all others, then run `act`; what each printed, sorted."""
+    go = cwd / "go"
+    with ExitStack() as stack:
+        command = [sys.executable, "-c", prepare + WAIT + act, str(go)]
+        running = [stack.enter_context(started(command, cwd=cwd)) for _ in range(processes)]
+        for each in running:
+            assert each.stdout is not None
+            assert each.stdout.readline() == "ready\n"
+        go.touch()
+        ended = [each.communicate(timeout=120) for each in running]
+    go.unlink()
+    return sorted(out.strip() or err for out, err in ended)
 
 
 def _save_random_llama(target: Path, like: dict[str, Any]) -> None:
