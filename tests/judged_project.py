@@ -20,7 +20,7 @@ from registry.store import Store, open_store
 from serving.server_record import ServerStatus, only_server, write_keys, write_status
 from tests.dvc_projects import make_project
 from tests.fakes.adapter_folder import lora_arrays, make_adapter
-from tests.fakes.canned_engine import KEY
+from tests.fakes.answering_engine import KEY
 
 LABELS = ["배송", "환불", "account", "other"]
 BASE = BaseModel("org/base", "1", "Apache-2.0", "b" * 64, "org-base@1")

@@ -21,7 +21,7 @@ from registry.scores import Scored
 from registry.settings import Settings
 from registry.store import dump
 from serving.engine import Engine
-from tests.fakes.canned_engine import KEY, Answerer, CannedEngine, Fault
+from tests.fakes.answering_engine import KEY, Answerer, AnsweringEngine, Fault
 from tests.judged_project import BASE, LABELS, OTHER_BASE, TEST_ROWS, Judged, make_judged, question_of
 
 QUICK = Patience(seconds=0.4, attempts=3, pause=0.01)
@@ -77,7 +77,9 @@ def request(here: Judged, recipe: Finetune | None = None, champion: int | None =
     )
 
 
-def run(here: Judged, canned: CannedEngine, asked: EvalRequest, progress: Any = lambda *_: None) -> dict[str, Scored]:
+def run(
+    here: Judged, canned: AnsweringEngine, asked: EvalRequest, progress: Any = lambda *_: None
+) -> dict[str, Scored]:
     async def go() -> dict[str, Scored]:
         async with Engine(canned.url, KEY) as engine:
             return await evaluate(here.project, here.store, engine, asked, progress, QUICK)
@@ -87,7 +89,7 @@ def run(here: Judged, canned: CannedEngine, asked: EvalRequest, progress: Any = 
 
 def test_three_subjects_answer_the_same_rows(here: Judged) -> None:
     seen: list[tuple[int, int]] = []
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         scored = run(here, canned, request(here), lambda done, total: seen.append((done, total)))
     exact = {role: each.metrics["exact_match"] for role, each in scored.items()}
     assert exact == {"candidate": 1.0, "champion": 0.5, "base": 0.25}
@@ -103,7 +105,7 @@ def test_three_subjects_answer_the_same_rows(here: Judged) -> None:
 
 
 def test_only_the_base_is_told_the_task(here: Judged) -> None:
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         run(here, canned, request(here))
     for body in canned.asked:
         text = body["messages"][-1]["content"]
@@ -112,7 +114,7 @@ def test_only_the_base_is_told_the_task(here: Judged) -> None:
 
 
 def test_a_repeat_asks_nothing(here: Judged) -> None:
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         first = run(here, canned, request(here))
         asked = len(canned.asked)
         calls = len(canned.calls)
@@ -125,9 +127,9 @@ def test_after_a_crash_only_the_rest_is_asked(here: Judged) -> None:
     def dies(model: str, messages: list[dict[str, str]], attempt: int) -> str | Fault:
         return Fault(drop=True) if model == "base" else SHARES(model, messages, attempt)
 
-    with CannedEngine(dies) as canned, pytest.raises(EngineError, match="base gave no answer"):
+    with AnsweringEngine(dies) as canned, pytest.raises(EngineError, match="base gave no answer"):
         run(here, canned, request(here))
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         run(here, canned, request(here))
         assert {body["model"] for body in canned.asked} == {"base"}
 
@@ -141,7 +143,7 @@ def test_after_a_crash_only_the_rest_is_asked(here: Judged) -> None:
     ],
 )
 def test_what_changes_the_question_is_asked_again(here: Judged, changed: dict[str, Any], asked_again: set[str]) -> None:
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         run(here, canned, request(here))
         before = len(canned.asked)
         run(here, canned, request(here, here.recipe(**changed)))
@@ -149,7 +151,7 @@ def test_what_changes_the_question_is_asked_again(here: Judged, changed: dict[st
 
 
 def test_equal_adapters_share_a_score_but_not_a_name(here: Judged) -> None:
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         run(here, canned, request(here))
         source = here.project.adapter_folder("m", 2)
         shutil.copytree(source, here.project.adapter_folder("m", 3))
@@ -167,14 +169,14 @@ def test_equal_adapters_share_a_score_but_not_a_name(here: Judged) -> None:
 def test_max_test_bounds_the_rows_and_spreads_them(here: Judged) -> None:
     recipe = here.recipe()
     bounded = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_test": 8})})
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         scored = run(here, canned, request(here, bounded))
     assert {each.count for each in scored.values()} == {8}
     assert sorted(right for right, _ in scored["candidate"].pairs) == sorted(LABELS * 2)
 
 
 def test_what_the_server_had_loaded_stays(here: Judged) -> None:
-    with CannedEngine(SHARES, loaded={"m@1": str(here.project.adapter_folder("m", 1))}) as canned:
+    with AnsweringEngine(SHARES, loaded={"m@1": str(here.project.adapter_folder("m", 1))}) as canned:
         run(here, canned, request(here))
         assert canned.calls == [("load", "m@2"), ("unload", "m@2")]
         assert list(canned.loaded) == ["m@1"]
@@ -187,7 +189,7 @@ def test_a_candidate_that_became_champion_meanwhile_is_not_taken_away(here: Judg
             adapters.promote(here.store, verdict, by_whom="a person", person=True)
         return str(SHARES(model, messages, attempt))
 
-    with CannedEngine(promotes) as canned:
+    with AnsweringEngine(promotes) as canned:
         run(here, canned, request(here))
         assert "m@2" in canned.loaded
 
@@ -211,7 +213,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_that_passes_is_waited_out(here: Judged, fault: Fault) -> None:
     times = 1 if fault.hang else 2
-    with CannedEngine(flaky(fault, times)) as canned:
+    with AnsweringEngine(flaky(fault, times)) as canned:
         scored = run(here, canned, request(here))
     assert scored["candidate"].metrics["exact_match"] == 1.0
     assert scored["candidate"].failed == []
@@ -219,7 +221,7 @@ def test_a_fault_that_passes_is_waited_out(here: Judged, fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_an_engine_that_fails_is_no_verdict_on_the_model(here: Judged, fault: Fault) -> None:
-    with CannedEngine(flaky(fault, 99)) as canned:
+    with AnsweringEngine(flaky(fault, 99)) as canned:
         with pytest.raises(EngineError, match=r"m@2 gave no answer to \d+ questions, so no score"):
             run(here, canned, request(here))
         # It gives up soon: not three attempts at each of all rows.
@@ -233,7 +235,7 @@ def test_single_failures_count_as_wrong_and_are_not_kept(here: Judged) -> None:
         broken = model == "m@2" and question_of(messages)[0] in (3, 7)
         return Fault(status=400) if broken else SHARES(model, messages, attempt)
 
-    with CannedEngine(answer) as canned:
+    with AnsweringEngine(answer) as canned:
         scored = run(here, canned, request(here))
     assert scored["candidate"].failed == [3, 7]
     assert scored["candidate"].metrics["exact_match"] == pytest.approx(22 / 24)
@@ -242,20 +244,20 @@ def test_single_failures_count_as_wrong_and_are_not_kept(here: Judged) -> None:
 
 def test_an_adapter_that_must_not_be_loaded_is_not(here: Judged) -> None:
     (here.project.adapter_folder("m", 2) / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         with pytest.raises(AdmissionError, match="a pickle"):
             run(here, canned, request(here))
         assert canned.calls == []
 
 
 def test_what_the_engine_refuses_to_load_is_an_error(here: Judged) -> None:
-    with CannedEngine(SHARES, refuse_load=True) as canned, pytest.raises(AdmissionError, match="max_lora_rank"):
+    with AnsweringEngine(SHARES, refuse_load=True) as canned, pytest.raises(AdmissionError, match="max_lora_rank"):
         run(here, canned, request(here))
 
 
 def test_a_champion_on_another_base_counts_only_with_a_kept_score(here: Judged) -> None:
     here.add(3, OTHER_BASE)
-    with CannedEngine(right_from({"base": 0.25, "m@2": 1.0, "m@3": 0.5})) as canned:
+    with AnsweringEngine(right_from({"base": 0.25, "m@2": 1.0, "m@3": 0.5})) as canned:
         scored = run(here, canned, request(here, champion=3))
         assert "another base model" in scored["champion"].missing
         asked = EvalRequest.for_version(
@@ -281,7 +283,7 @@ def test_probes_are_asked_of_all_in_the_same_words(here: Judged) -> None:
         content = messages[-1]["content"]
         return f"{model} says hi" if content == "안녕?" else SHARES(model, messages, attempt)
 
-    with CannedEngine(answer) as canned:
+    with AnsweringEngine(answer) as canned:
         scored = run(here, canned, request(here, here.recipe(probes=["안녕?"])))
     assert {role: each.probes for role, each in scored.items()} == {
         "candidate": {"안녕?": "m@2 says hi"}, "champion": {"안녕?": "m@1 says hi"}, "base": {"안녕?": "base says hi"},
@@ -291,7 +293,7 @@ def test_probes_are_asked_of_all_in_the_same_words(here: Judged) -> None:
 def test_scores_travel_as_json(here: Judged) -> None:
     import json
 
-    with CannedEngine(SHARES) as canned:
+    with AnsweringEngine(SHARES) as canned:
         scored = run(here, canned, request(here))
     state = json.loads(dump({"champion": 1, "scores": {role: each.as_dict() for role, each in scored.items()}}))
     assert EvalRequest.subjects(state) == (scored["candidate"], scored["champion"], scored["base"])
@@ -324,7 +326,7 @@ def judge(here: Judged, number: int) -> Any:
 
 def test_a_version_is_judged_again_from_its_row_alone(here: Judged) -> None:
     shutil.rmtree(here.unpacked())  # the working copy is gone; DVC's cache has the version
-    with CannedEngine(SHARES) as canned, here.server(canned.url):
+    with AnsweringEngine(SHARES) as canned, here.server(canned.url):
         judged = judge(here, 2)
         assert (judged.outcome, judged.body["champion"]) == ("pass", 1)
         assert judged.body["scores"]["candidate"]["exact_match"] == 1.0
@@ -335,14 +337,14 @@ def test_a_version_is_judged_again_from_its_row_alone(here: Judged) -> None:
 
 
 def test_judging_again_needs_no_engine_where_all_scores_are_kept(here: Judged) -> None:
-    with CannedEngine(SHARES) as canned, here.server(canned.url):
+    with AnsweringEngine(SHARES) as canned, here.server(canned.url):
         judged = judge(here, 2)
     assert judge(here, 2) == judged
 
 
 def test_versions_are_scored_by_name(here: Judged) -> None:
     versions: Callable[[], list[adapters.Version]] = lambda: adapters.versions(here.store, "m")  # noqa: E731
-    with CannedEngine(SHARES) as canned, here.server(canned.url):
+    with AnsweringEngine(SHARES) as canned, here.server(canned.url):
         scored = asyncio.run(
             score_versions(
                 here.project, here.store, Settings(), versions(), here.pinned, lambda *_: None, with_base=True
