@@ -1,136 +1,93 @@
-"""A loopback server that speaks the part of vLLM's protocol that we use, and fails as vLLM does.
-
-It answers from a function instead of a model. Faults are asked for by the answer: return a `Fault` instead of text.
-"""
+"""A loopback server that speaks the part of vLLM's HTTP that we use, answers at once, and fails on demand."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 
-KEY = "canned-key"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`status` with an error body; `garbage` is sent with 200; `hang` seconds pass before anything is sent."""
-
-    status: int = 200
-    garbage: str = ""
-    hang: float = 0.0
-    drop: bool = False
-
-
-# (model, messages, attempt at these messages) -> the answer's text, or how to fail.
-Answerer = Callable[[str, list[dict[str, str]], int], str | Fault]
+Fault = Literal["close", "error", "cut", "stall", "stream-error"]
 
 
 @dataclass
 class CannedEngine:
-    """`with CannedEngine(answer) as engine:` runs it in a thread. `asked` has every chat request's body."""
+    """Each completion takes the next of `faults`, if there is one. `seen` has (headers, body) of all requests."""
 
-    answer: Answerer
-    loaded: dict[str, str] = field(default_factory=dict)
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    calls: list[tuple[str, str]] = field(default_factory=list)
-    at_once: int = 0
-    most_at_once: int = 0
-    refuse_load: bool = False
     url: str = ""
+    words: tuple[str, ...] = ("one ", "two ", "three")
+    faults: list[Fault] = field(default_factory=list)
+    seen: list[tuple[dict[str, str], dict[str, Any]]] = field(default_factory=list)
+    loaded: dict[str, str] = field(default_factory=dict)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    aborted: int = 0
 
-    def __enter__(self) -> CannedEngine:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-    async def _start(self) -> None:
-        app = web.Application()
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_post("/v1/load_lora_adapter", self._load)
-        app.router.add_post("/v1/unload_lora_adapter", self._unload)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}"
-
-    async def _health(self, _: web.Request) -> web.Response:
+    async def health(self, _: web.Request) -> web.Response:
         return web.Response()
 
-    async def _models(self, _: web.Request) -> web.Response:
-        base = {"id": "base", "object": "model", "root": "/models/base", "parent": None}
-        loras = [{"id": name, "object": "model", "root": path, "parent": "base"} for name, path in self.loaded.items()]
-        return web.json_response({"object": "list", "data": [base, *loras]})
+    async def models(self, _: web.Request) -> web.Response:
+        data = [{"id": "base", "root": "base"}, *({"id": name, "root": root} for name, root in self.loaded.items())]
+        return web.json_response({"data": data})
 
-    async def _load(self, request: web.Request) -> web.Response:
+    async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        name, path = body["lora_name"], body["lora_path"]
-        self.calls.append(("load", name))
-        assert not body.get("load_inplace")
-        if name in self.loaded:
-            return _error(400, "InvalidUserInput", f"The lora adapter '{name}' has already been loaded.")
-        if self.refuse_load:
-            return _error(500, "InternalServerError", "LoRA rank 64 is greater than max_lora_rank 16.")
-        self.loaded[name] = path
-        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+        self.seen.append((dict(request.headers), body))
+        fault = self.faults.pop(0) if self.faults else None
+        if fault == "close" and request.transport:
+            request.transport.abort()
+        if fault == "error":
+            return web.json_response({"error": {"message": "canned", "type": "x", "code": 500}}, status=500)
+        if body.get("stream"):
+            return await self._stream(request, body, fault)
+        text = "".join(self.words)
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return web.json_response({"model": body["model"], "choices": [choice]})
 
-    async def _unload(self, request: web.Request) -> web.Response:
-        name = (await request.json())["lora_name"]
-        self.calls.append(("unload", name))
-        if self.loaded.pop(name, None) is None:
-            return _error(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")
-        return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
-
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        if request.headers.get("Authorization") != f"Bearer {KEY}":
-            return _error(401, "Unauthorized", "Unauthorized")
-        body = await request.json()
-        if body["model"] != "base" and body["model"] not in self.loaded:
-            return _error(404, "NotFoundError", f"The model `{body['model']}` does not exist.")
-        attempt = 1 + sum(
-            each["model"] == body["model"] and each["messages"] == body["messages"] for each in self.asked
-        )
-        self.asked.append(body)
-        self.at_once += 1
-        self.most_at_once = max(self.at_once, self.most_at_once)
+    async def _stream(self, request: web.Request, body: dict[str, Any], fault: Fault | None) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        if fault == "stream-error":
+            await answer.write(b'data: {"error": {"message": "canned"}}\n\n')
+            return answer
         try:
-            await asyncio.sleep(0.002)
-            return await self._reply(request, self.answer(body["model"], body["messages"], attempt))
-        finally:
-            self.at_once -= 1
-
-    async def _reply(self, request: web.Request, answer: str | Fault) -> web.StreamResponse:
-        if isinstance(answer, str):
-            message = {"role": "assistant", "content": answer}
-            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            return web.json_response({"object": "chat.completion", "choices": [choice], "usage": usage})
-        await asyncio.sleep(answer.hang)
-        if answer.drop:
-            assert request.transport is not None
-            request.transport.close()
-        if answer.status != 200:
-            return _error(answer.status, "InternalServerError", "EngineDeadError")
-        return web.Response(text=answer.garbage, content_type="application/json")
+            for place, word in enumerate(self.words):
+                if place == 1 and fault == "cut" and request.transport:
+                    request.transport.abort()
+                if place == 1 and fault == "stall":
+                    await self.gate.wait()
+                delta = {"model": body["model"], "choices": [{"index": 0, "delta": {"content": word}}]}
+                await answer.write(f"data: {json.dumps(delta)}\n\n".encode())
+            await answer.write(b"data: [DONE]\n\n")
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
+        except ConnectionError:
+            self.aborted += 1
+        return answer
 
 
-def _error(status: int, kind: str, message: str) -> web.Response:
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    return web.json_response(body, status=status)
+@asynccontextmanager
+async def canned_engine() -> AsyncIterator[CannedEngine]:
+    engine = CannedEngine()
+    app = web.Application()
+    app.add_routes([
+        web.get("/health", engine.health),
+        web.get("/v1/models", engine.models),
+        web.post("/v1/chat/completions", engine.complete),
+        web.post("/v1/completions", engine.complete),
+    ])  # fmt: skip
+    # handler_cancellation: as vLLM does, notice that the one who asked has gone.
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    engine.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield engine
+    finally:
+        engine.gate.set()
+        await runner.cleanup()
