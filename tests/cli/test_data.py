@@ -143,7 +143,7 @@ def test_names_that_are_none(ft: Ft, project: Project, tmp_path: Path, name: str
 def test_broken_chats_are_reported_with_all_their_lines(ft: Ft, project: Project, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"messages": [{"role": "user", "content": "a"}]}\n{\n', encoding="utf-8")
-    for command in (["data", "add", "mine", source], ["data", "check", source]):
+    for command in (["data", "add", "mine", str(source)], ["data", "check", str(source)]):
         done = ft(*command)
         assert done.returncode == 2
         assert f"{source}:1: no assistant turn, so nothing to learn" in done.stderr
