@@ -74,7 +74,8 @@ def _plain_text(raw: str, status: int) -> str:
 
 def _stream_text(raw: str) -> str:
     parts = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: ")]
-    assert parts[-1] == "[DONE]", parts[-1]
+    assert parts[-1] == "[DONE]", raw
+    assert '"error"' not in raw, raw
     return "".join(json.loads(part)["choices"][0]["delta"].get("content") or "" for part in parts[:-1])
 
 

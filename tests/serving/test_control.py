@@ -1,0 +1,115 @@
+"""Starting and finding a server without an engine: ports, locks, heartbeats."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from registry.base_models import BaseModel
+from registry.cards import Card
+from registry.errors import Conflict, Trouble
+from registry.project import Project
+from registry.recipe import Serve
+from registry.settings import Settings
+from registry.store import Store
+from serving.server import listen
+from serving.server_record import (
+    ServerStatus,
+    is_gone,
+    keys_path,
+    only_server,
+    read_keys,
+    server_status,
+    write_keys,
+    write_status,
+)
+from serving.vllm_process import EngineConfig, engine_rank, vllm_arguments
+
+BASE = BaseModel("small", "1", "MIT", "digest", "small@1")
+STATUS = ServerStatus(
+    pid=os.getpid(),
+    state="serving",
+    reason="",
+    base=BASE.as_dict(),
+    serve=Serve().model_dump(),
+    card="cpu",
+    max_rank=8,
+    gateway_url="http://127.0.0.1:1",
+    started=time.time(),
+)
+
+
+@contextmanager
+def another_server(store: Store) -> Iterator[None]:
+    """Hold the server's lock as another process would: an open file of one's own is enough for flock."""
+    with store.path.with_name("server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_port_in_use_is_named_with_its_setting() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Trouble, match=str(port)) as raised:
+            listen(Settings(gateway_port=port))
+    assert "FT_GATEWAY_PORT" in raised.value.fix
+    assert raised.value.exit_code == 1
+
+
+def test_a_server_is_known_by_its_lock_and_its_heartbeat(store: Store) -> None:
+    assert server_status(store) is None
+    write_status(store, STATUS)
+    assert server_status(store) is None, "nobody holds the lock: that server is dead"
+    with another_server(store):
+        found = server_status(store)
+        assert found is not None
+        assert replace(found, heartbeat=0) == STATUS
+        with store.writing() as connection:
+            connection.execute("UPDATE servers SET heartbeat = heartbeat - 60")
+        assert server_status(store) is None, "not heard of for a minute"
+    assert is_gone(store)
+
+
+def test_one_server_per_project(project: Project, store: Store) -> None:
+    with another_server(store), pytest.raises(Conflict, match="runs already"), only_server(project, store):
+        pass
+    with only_server(project, store):
+        assert not is_gone(store)
+        write_keys(project, {"internal_key": "k"})
+    assert read_keys(project) == {}
+
+
+def test_keys_are_readable_by_their_owner_only(project: Project, store: Store) -> None:
+    write_keys(project, {"internal_key": "k"})
+    assert stat.S_IMODE(keys_path(project).stat().st_mode) == 0o600
+    assert read_keys(project) == {"internal_key": "k"}
+
+
+def test_which_server_serves_what_is_needed() -> None:
+    card = Card("cpu", "", 0)
+    assert STATUS.serves(EngineConfig(BASE, Serve(), card))
+    assert not STATUS.serves(EngineConfig(replace(BASE, digest="other"), Serve(), card))
+    assert not STATUS.serves(EngineConfig(BASE, Serve(max_context=4096), card))
+    assert not STATUS.serves(EngineConfig(BASE, Serve(), Card("cuda-0", "", 0, 0)))
+
+
+@pytest.mark.parametrize(("rank", "needs"), [(0, 8), (1, 8), (8, 8), (12, 16), (64, 64), (65, 128)])
+def test_engine_rank(rank: int, needs: int) -> None:
+    assert engine_rank(rank) == needs
+
+
+def test_the_key_is_not_on_the_command_line_and_the_context_is_within_the_model(project: Project) -> None:
+    folder = project.root
+    (folder / "config.json").write_text('{"max_position_embeddings": 1024}', encoding="utf-8")
+    arguments = vllm_arguments(EngineConfig(BASE, Serve(max_context=4096), Card("cpu", "", 0)), folder, 1234)
+    assert arguments[arguments.index("--max-model-len") + 1] == "1024"
+    assert "--enforce-eager" in arguments
+    assert "--api-key" not in arguments
