@@ -381,8 +381,10 @@ def _summary(scores: State) -> dict[str, dict[str, float]]:
 
 def _note_failure(run_id: str, error: Exception) -> None:
     known = error if isinstance(error, FtError) else Trouble(f"{type(error).__name__}: {error}", place=run_id)
-    # A child's error reaches the parent as text only; what the step itself wrote down is kept.
-    runs.finish(BENCH.get().store, run_id, "failed", known)
+    store = BENCH.get().store
+    if runs.get(store, run_id).wish != "cancel":  # the end of a cancelled child is no failure
+        # A child's error reaches the parent as text only; what the step itself wrote down is kept.
+        runs.finish(store, run_id, "failed", known)
 
 
 def bind(project: Project, store: Store, settings: Settings) -> None:

@@ -15,9 +15,11 @@ from registry import runs
 from registry.errors import FtError
 from registry.project import Project, find_project
 from registry.settings import load_settings
-from registry.store import Store, open_store
+from registry.store import Changes, Store, open_store
 
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.05
+# Between two changes of the run rows: what DBOS itself has ended is noticed this late at most.
+QUIET_SECONDS = 0.5
 
 
 def main() -> None:
@@ -40,14 +42,14 @@ def work(project: Project, *, forever: bool = False) -> None:
     bind(project, store, settings)
     runtime.launch(project)
     threading.Thread(target=_import_mlflow, name="mlflow", daemon=True).start()
-    idle_since = time.monotonic()
+    changes, busy_at = Changes(store), time.monotonic()
     while True:
         if _look(store):
-            idle_since = time.monotonic()
-        idle = time.monotonic() - idle_since
+            busy_at = time.monotonic()
+        idle = time.monotonic() - busy_at
         if not forever and idle > settings.worker_idle_seconds and _may_end(project, store):
             return
-        time.sleep(LOOK_SECONDS)
+        changes.wait(QUIET_SECONDS, LOOK_SECONDS)
 
 
 def _look(store: Store) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,27 @@ class Store:
                 place=str(self.path),
                 fix="free disk space or close what holds the file, then try again (`ft doctor` shows both)",
             ) from error
+
+
+class Changes:
+    """Notices writes of other connections at the price of one PRAGMA, so that a waiting process costs almost nothing."""
+
+    def __init__(self, store: Store) -> None:
+        self._connection = sqlite3.connect(store.path, timeout=30, isolation_level=None, check_same_thread=False)
+        self._seen = self._version()
+
+    def wait(self, seconds: float, step: float) -> bool:
+        """Return at the next change (True), or after so many seconds (False); looks every `step` seconds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (now := self._version()) != self._seen:
+                self._seen = now
+                return True
+            time.sleep(step)
+        return False
+
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
 
 def open_store(project: Project) -> Store:

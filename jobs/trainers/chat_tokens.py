@@ -23,7 +23,7 @@ class Encoded:
 
 
 def encode(tokenizer: Any, messages: Messages) -> Encoded:
-    """Raises ValueError where the template does not put an assistant's turn right behind its prompt."""
+    """Raises ValueError where an assistant's turn does not come, token by token, right behind its prompt."""
     ids = _template(tokenizer, messages, prompt=False)
     labels = [IGNORED] * len(ids)
     for turn, message in enumerate(messages):
@@ -43,7 +43,11 @@ def _turn(tokenizer: Any, messages: Messages, turn: int, ids: list[int]) -> tupl
     before = _template(tokenizer, messages[:turn], prompt=True)
     through = _template(tokenizer, messages[: turn + 1], prompt=False)
     if ids[: len(before)] != before or ids[: len(through)] != through:
-        raise ValueError("the chat template changes earlier turns when later ones are added")
+        start = messages[turn]["content"][:20]
+        raise ValueError(
+            "the chat template changes earlier turns when later ones are added, "
+            f"or the tokenizer joins the prompt's end with the answer's beginning ({start!r})"
+        )
     return len(before), _end_of_turn(tokenizer, ids, len(before), len(through))
 
 

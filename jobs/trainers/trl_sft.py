@@ -19,7 +19,7 @@ from jobs.trainers.chat_tokens import Encoded, encode
 from jobs.trainers.fingerprint import make_fingerprint
 from jobs.trainers.progress import ProgressMeter
 from jobs.trainers.task import BadData, Task, Trained
-from registry.chat_data import load_rows
+from registry.chat_data import Row, load_rows
 from registry.manifest import write_manifest
 from registry.sampling import pick_rows
 
@@ -139,21 +139,27 @@ def _arguments(task: Task) -> SFTConfig:
 
 def _encoded(task: Task, tokenizer: Any, split: str, most: int | None) -> Dataset:
     """The split's rows as input_ids and labels. Raises BadData with the numbers of the rows that do not fit."""
-    rows = pick_rows(load_rows(task.job.data / f"{split}.jsonl"), most, task.recipe.train.seed)
-    try:
-        encoded = [encode(tokenizer, row.messages) for row in rows]
-    except ValueError as error:
-        raise BadData(f"{split}.jsonl: {error}") from error
+    rows = load_rows(task.job.data / f"{split}.jsonl")
+    numbers = {id(row): number for number, row in enumerate(rows, 1)}
+    picked = pick_rows(rows, most, task.recipe.train.seed)
+    encoded = [_encoded_row(tokenizer, row, f"{split}.jsonl: row {numbers[id(row)]}") for row in picked]
     limit = task.recipe.train.max_length
-    long = [(at + 1, len(each.input_ids)) for at, each in enumerate(encoded) if len(each.input_ids) > limit]
+    lengths = [len(each.input_ids) for each in encoded]
+    long = [(numbers[id(row)], length) for row, length in zip(picked, lengths, strict=True) if length > limit]
     if long:
-        longest = max(length for _, length in long)
         raise BadData(
             f"{split}.jsonl: {len(long)} rows are longer than train.max_length {limit} "
-            f"(the first is row {long[0][0]} with {long[0][1]} tokens; the longest has {longest}): "
-            f"set train.max_length to {longest}, or shorten them"
+            f"(the first is row {long[0][0]} with {long[0][1]} tokens; the longest has {max(lengths)}): "
+            f"set train.max_length to {max(lengths)}, or shorten them"
         )
     return _dataset(encoded)
+
+
+def _encoded_row(tokenizer: Any, row: Row, place: str) -> Encoded:
+    try:
+        return encode(tokenizer, row.messages)
+    except ValueError as error:
+        raise BadData(f"{place}: {error}") from error
 
 
 def _dataset(encoded: list[Encoded]) -> Dataset:
@@ -204,6 +210,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.task.stop():
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.task.stop():
+            control.should_evaluate = False  # an evaluation would only delay the stop
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
