@@ -182,7 +182,7 @@ async def _gateway_is_back(project: Path, run_id: str) -> str:
         run = await asyncio.to_thread(_json, project, "ft", "show", run_id, "--json")
         status = await asyncio.to_thread(_json, project, "ft", "serve", "status", "--json")
         if run["stage"].startswith("evaluate ") or run["state"] not in ("submitted", "running"):
-            return str(status["gateway"])
+            return str(status["gateway_url"])
         await asyncio.sleep(1)
 
 

@@ -103,7 +103,7 @@ class Store:
 
 
 class Changes:
-    """Notices writes of other connections at the price of one PRAGMA, so that a waiting process costs almost nothing."""
+    """Notices writes of other connections at the price of one PRAGMA, so that waiting costs almost nothing."""
 
     def __init__(self, store: Store) -> None:
         self._connection = sqlite3.connect(store.path, timeout=30, isolation_level=None, check_same_thread=False)

@@ -1,0 +1,103 @@
+"""The whole loop with real parts: train, evaluate in vLLM, judge, promote, serve, swap, roll back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections import Counter
+
+import pytest
+
+from registry import adapters, runs
+from registry.events import read
+from tests.flows.conftest import Person
+
+
+@pytest.mark.engine
+@pytest.mark.training
+@pytest.mark.timeout(1200)
+def test_two_versions_swap_and_rollback(person: Person) -> None:
+    first = person.json("run", "recipes/tickets.yaml")
+    assert first["state"] == "succeeded"
+    assert first["result"]["version"] == 1
+    assert set(first["result"]["scores"]) == {"candidate", "base"}
+    person.ft("serve", "up")
+    assert _version_that_answers(person) == "tickets@1"
+
+    second = person.json("run", "recipes/tickets.yaml")
+    assert second["state"] == "succeeded"
+    assert second["result"]["promoted"] == {"from": 1, "to": 2}
+    assert second["result"]["served"], "a server was up, so the run waits for its swap"
+    assert set(second["result"]["scores"]) == {"candidate", "champion", "base"}
+    assert _version_that_answers(person) == "tickets@2"
+
+    with _Callers(person) as callers:
+        person.ft("rollback", "tickets")
+    assert not callers.problems
+    assert callers.versions["tickets@1"], "the version before answers again"
+    assert _version_that_answers(person) == "tickets@1"
+    _check_records(person)
+
+
+def _check_records(person: Person) -> None:
+    """One version a run, one move a run, nothing finished twice, and MLflow says the same."""
+    from mlflow import MlflowClient
+
+    store = person.store
+    assert [each.version for each in adapters.versions(store, "tickets")] == [1, 2]
+    assert [(each.kind, each.version) for each in adapters.promotions(store)] == [
+        ("promote", 1), ("promote", 2), ("rollback", 1),
+    ]  # fmt: skip
+    assert adapters.get_version(store, "tickets", 2).rolled_back
+    served = [event.subject for event in read(store, type_="adapter.served")]
+    assert served == ["tickets@1", "tickets@2", "tickets@1"]
+    for run in runs.listed(store):
+        assert {step.attempt for step in runs.steps(store, run.id)} == {1}
+    client = MlflowClient(f"sqlite:///{person.project.home}/mlflow.db")
+    assert {each.version for each in client.search_model_versions("name = 'tickets'")} == {1, 2} or {
+        each.version for each in client.search_model_versions("name = 'tickets'")
+    } == {"1", "2"}
+    assert str(client.get_model_version_by_alias("tickets", "champion").version) == "1"
+
+
+def _version_that_answers(person: Person) -> str:
+    return str(person.json("ask", "tickets", "Where is my parcel?")["version"])
+
+
+class _Callers:
+    """Four callers, without a pause, while the block runs."""
+
+    def __init__(self, person: Person) -> None:
+        self.address = person.json("serve", "status")["gateway_url"]
+        self.versions: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self._call) for _ in range(4)]
+
+    def __enter__(self) -> _Callers:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join(timeout=120)
+
+    def _call(self) -> None:
+        body = {"model": "tickets", "messages": [{"role": "user", "content": "Where is my parcel?"}], "max_tokens": 8}
+        while not self.over.is_set():
+            request = urllib.request.Request(
+                self.address + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    version = answer.headers["x-ft-adapter"]
+                    said = json.loads(answer.read())["model"]
+            except OSError as error:
+                self.problems.append(repr(error))
+                continue
+            self.versions[version] += 1
+            if said != version:
+                self.problems.append(f"{version} in the header, {said} in the body")
