@@ -46,6 +46,7 @@ $(VENV)-serve/.made: pyproject.toml constraints.txt $(VENV)/.made
 
 docs: setup ## What is generated: the recipes' schema, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json
+	test ! -f $(DEMO).log || $(BIN)/python docs/make_picture.py $(DEMO).log docs/run.svg
 
 # Made without find-links, so that no path or address of this machine gets in.
 constraints: setup

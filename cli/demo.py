@@ -7,15 +7,17 @@ requests; go back in one command. Last, a table of what happened and how long ea
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import aiohttp
 
@@ -60,17 +62,41 @@ class Traffic:
         return sum(self.versions.values()) + len(self.failed)
 
 
+class _Tee(io.TextIOBase):
+    """Standard output, and a file beside the demo project: docs/run.svg is drawn from it."""
+
+    def __init__(self, screen: TextIO, file: TextIO) -> None:
+        self.screen, self.file = screen, file
+
+    def write(self, text: str) -> int:
+        self.file.write(text)
+        return self.screen.write(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+        self.screen.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    began = time.monotonic()
     _clear(folder)
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log, redirect_stdout(_Tee(sys.stdout, log)):
+        tell(folder)
+
+
+def tell(folder: Path) -> None:
+    """The story, from an empty folder to a table of what happened."""
+    began = time.monotonic()
     story = Story(folder.parent)
     story.part("make a project", "ft", "init", str(folder))
     story.project = folder
     first_version(story)
     traffic = second_version(story)
     story.part("roll back in one command", "ft", "rollback", MODEL, "--reason", "demo")
-    story.part("ask again", "ft", "ask", MODEL, QUESTION)
+    story.part("ask again", "ft", "ask", MODEL, QUESTION, "--system", _system(folder))
     story.part("what there is now", "ft", "models")
     story.part("stop serving", "ft", "serve", "down")
     _tell(story, traffic, time.monotonic() - began)
@@ -79,8 +105,8 @@ def main() -> None:
 def first_version(story: Story) -> None:
     story.part("version 1: train, evaluate, judge, promote", "ft", "run", RECIPE)
     story.part("serve it", "ft", "serve", "up")
-    story.part("ask the bare base", "ft", "ask", "base", QUESTION)
-    story.part("ask the tuned model", "ft", "ask", MODEL, QUESTION)
+    story.part("ask the bare base", "ft", "ask", "base", QUESTION, "--system", _system(story.project))
+    story.part("ask the tuned model", "ft", "ask", MODEL, QUESTION, "--system", _system(story.project))
 
 
 def second_version(story: Story) -> Traffic:
@@ -184,6 +210,11 @@ async def _gateway_is_back(project: Path, run_id: str) -> str:
         if run["stage"].startswith("evaluate ") or run["state"] not in ("submitted", "running"):
             return str(status["gateway_url"])
         await asyncio.sleep(1)
+
+
+def _system(project: Path) -> str:
+    """The data set's own instruction: the tuned model was trained behind it."""
+    return _questions(project)[0][0]["content"]
 
 
 def _questions(project: Path) -> list[list[dict[str, str]]]:
