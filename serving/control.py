@@ -161,9 +161,15 @@ def _spawn(project: Project, base: BaseModel, serve: Serve, card: Card) -> subpr
         sys.executable, "-m", "serving.server", "--project", str(project.root), "--base", base.folder,
         "--serve", serve.model_dump_json(), "--card", card.name,
     ]  # fmt: skip
+    here = {**os.environ, "FT_HOME": str(project.home), "FT_CACHE": str(project.cache)}
     with _log(project).open("wb") as output:
         started = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=here,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     _started[:] = [*(each for each in _started if each.poll() is None), started]
     return started

@@ -14,7 +14,7 @@ from typing import Any
 
 from registry import adapters
 from registry.adapters import Version
-from registry.base_models import BaseModel
+from registry.base_models import BaseModel, base_path
 from registry.cards import wanted
 from registry.errors import AdmissionError
 from registry.events import append, new_event
@@ -23,7 +23,7 @@ from registry.store import Store
 from serving.engine import BASE, Engine
 from serving.routes import Away, Board, Route, Routes
 from serving.swap import Landed, ProbeFailed, bring_up
-from serving.vllm_process import EngineConfig
+from serving.vllm_process import EngineConfig, lora_modules
 
 KEPT_SWAPS = 20
 
@@ -56,6 +56,7 @@ class Reconciler:
 
     def __init__(self, project: Project, store: Store, board: Board, engine: Engine, config: EngineConfig) -> None:
         self.project, self.store, self.board, self.engine, self.config = project, store, board, engine, config
+        self.modules = lora_modules(base_path(project, config.base))
         self.landed: dict[str, Landed] = {}
         self.refused: dict[str, str] = {}
         self.swaps: list[dict[str, Any]] = []
@@ -76,7 +77,7 @@ class Reconciler:
     async def _bring_up(self, version: Version) -> None:
         folder = self.project.home / version.folder
         try:
-            self.landed[version.name] = await bring_up(self.engine, version, folder, self.config.max_rank)
+            self.landed[version.name] = await bring_up(self.engine, version, folder, self.config.max_rank, self.modules)
         except AdmissionError as error:
             self.refused[version.name] = error.what
             await asyncio.to_thread(self._note_refusal, version, error)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,15 +36,16 @@ class ProbeFailed(AdmissionError):
         self.parity = parity
 
 
-async def bring_up(engine: Engine, version: Version, folder: Path, max_rank: int) -> Landed:
-    """Admit, load as `model@N`, warm, probe. Doing it again does no harm.
+async def bring_up(engine: Engine, version: Version, folder: Path, max_rank: int, modules: Collection[str]) -> Landed:
+    """Admit, load as `model@N`, warm, probe. `modules`: what the engine adapts. Doing it again does no harm.
 
     Raises AdmissionError (ProbeFailed is one) if the version must not answer, and then it is not loaded;
     EngineError if the engine went away meanwhile.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "admit"):
-        await asyncio.to_thread(admit, folder, str(version.body["base"]["digest"]), max_rank)
+        facts = await asyncio.to_thread(admit, folder, str(version.body["base"]["digest"]), max_rank)
+        _refuse_other_modules(facts["targets"], modules, folder)
         fingerprint = await asyncio.to_thread(read_fingerprint, folder)
     with _timed(seconds, "load"):
         await engine.load(version.name, folder)
@@ -56,6 +57,14 @@ async def bring_up(engine: Engine, version: Version, folder: Path, max_rank: int
         await engine.unload(version.name)
         raise ProbeFailed(version.name, parity, str(folder))
     return Landed(parity, seconds)
+
+
+def _refuse_other_modules(targets: list[str], modules: Collection[str], folder: Path) -> None:
+    # vLLM would load the adapter and leave these out without a word.
+    others = sorted(set(targets) - set(modules))
+    if others:
+        raise AdmissionError(f"it adapts {', '.join(others)}, which this server does not", place=str(folder),
+                             fix="train it with `targets: all-linear`")  # fmt: skip
 
 
 @contextmanager

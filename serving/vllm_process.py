@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import signal
 import socket
@@ -30,6 +31,8 @@ from serving.vllm_env import ensure_vllm
 LEAST_RANK = 8
 # Champion, previous, and one or two that are being judged, at once in a batch; more are kept in host memory.
 MAX_LORAS, MAX_CPU_LORAS = 4, 16
+INNER_WEIGHT = re.compile(r".*\.\d+\.(?:.*\.)?(\w+)\.weight")
+NO_LORA = {"gate", "router"}  # of mixtures of experts: vLLM wraps neither
 LOG_BYTES = 10_000_000
 STOP_SECONDS = keeper.GRACE_SECONDS + 10
 
@@ -132,7 +135,26 @@ def vllm_arguments(config: EngineConfig, folder: Path, port: int) -> list[str]:
         "--disable-uvicorn-access-log",
         *(["--enforce-eager"] if config.card.is_cpu else []),
     ]
-    return [*flags, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    modules = ["--lora-target-modules", *lora_modules(folder)]
+    return [*flags, *modules, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def lora_modules(folder: Path) -> list[str]:
+    """Names of the linear layers inside the blocks of the base model in `folder`: where an adapter may reach.
+
+    The output head is not among them. With it, vLLM 0.32 keeps a LoRA slot of the whole vocabulary, and ends with
+    an einsum error when prompt logprobs (the parity probe) are asked for while other requests run.
+    """
+    from safetensors import safe_open
+
+    found = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as weights:
+            for name in weights.keys():  # noqa: SIM118 (it is no mapping)
+                module = INNER_WEIGHT.fullmatch(name)
+                if module and len(weights.get_slice(name).get_shape()) == 2:
+                    found.add(module[1])
+    return sorted(found - NO_LORA)
 
 
 def engine_rank(rank: int) -> int:
