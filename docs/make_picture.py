@@ -5,6 +5,7 @@ Shows the first run, the two answers, and the closing table; repeated progress l
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ PARTS = ("version 1: train", "ask the bare base", "ask the tuned model", "roll b
 
 def main() -> None:
     capture, target = Path(sys.argv[1]), Path(sys.argv[2])
-    console = Console(record=True, width=WIDTH, file=Path("/dev/null").open("w", encoding="utf-8"))
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     for line in chosen(capture.read_text(encoding="utf-8").splitlines()):
         console.print(Text.from_ansi(line), soft_wrap=False, overflow="ellipsis", no_wrap=True)
     target.write_text(console.export_svg(title="make demo", code_format=FORMAT), encoding="utf-8")
