@@ -93,12 +93,11 @@ async def engine_for(
     under the card's lock. `max_rank`: where versions that no alias names are to be loaded.
     """
     while True:
-        rank = engine_rank(max(max_rank, await asyncio.to_thread(rank_needed, store, base)))
-        need = EngineConfig(base, serve, card, rank)
-        status = await asyncio.to_thread(server_status, store)
-        if status is not None and status.serves(need):
+        aliased = engine_rank(await asyncio.to_thread(rank_needed, store, base))
+        need = EngineConfig(base, serve, card, max(engine_rank(max_rank), aliased))
+        if await asyncio.to_thread(_server_for, store, need, aliased):
             with marker(project, card, "eval"):
-                engine = await _engine_of_server(project, store, need)
+                engine = await _engine_of_server(project, store, settings, need, aliased)
                 if engine is not None:
                     async with engine:
                         yield engine
@@ -106,11 +105,18 @@ async def engine_for(
         else:
             # The marker asks a server on this card (another base's, another project's) to give way.
             with marker(project, card, "train"):
-                lock = await _lock_card(project, store, need)
+                lock = await _lock_card(project, store, need, aliased)
                 if lock is not None:
                     async with _own_engine(project, settings, need, lock) as engine:
                         yield engine
                     return
+
+
+def _server_for(store: Store, need: EngineConfig, aliased: int) -> ServerStatus | None:
+    """The server whose engine is what is needed, or soon will be: it grows to the rank that aliases need."""
+    status = server_status(store)
+    fits = status is not None and status.serves(need) and need.max_rank <= max(status.max_rank, aliased)
+    return status if fits else None
 
 
 @asynccontextmanager
@@ -127,12 +133,23 @@ async def _own_engine(
         lock.release()
 
 
-async def _engine_of_server(project: Project, store: Store, need: EngineConfig) -> Engine | None:
-    """Wait until the server's engine is up. None if the server has gone, or will not have what is needed."""
+async def _engine_of_server(
+    project: Project, store: Store, settings: Settings, need: EngineConfig, aliased: int
+) -> Engine | None:
+    """Wait until the server's engine is up. None if the server has gone, or will not have what is needed.
+
+    Waits for a card that is in use as long as it takes; raises EngineError if an engine does not come up.
+    """
+    patience = time.monotonic() + settings.engine_start_seconds + CARD_SECONDS
     while True:
-        status = await asyncio.to_thread(server_status, store)
-        if status is None or not status.serves(need):
+        status = await asyncio.to_thread(_server_for, store, need, aliased)
+        if status is None:
             return None
+        if status.state in ("waiting for the card", "card given to training"):
+            patience = time.monotonic() + settings.engine_start_seconds + CARD_SECONDS
+        if time.monotonic() > patience:
+            raise EngineError(f"the server's engine does not come up: {status.state}: {status.reason}",
+                              place=str(_log(project)), fix="`ft serve down`, then `ft serve up`")  # fmt: skip
         if status.state == "serving" and status.max_rank >= need.max_rank:
             keys = await asyncio.to_thread(read_keys, project)
             if "engine_url" in keys:
@@ -143,15 +160,14 @@ async def _engine_of_server(project: Project, store: Store, need: EngineConfig) 
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def _lock_card(project: Project, store: Store, need: EngineConfig) -> CardLock | None:
+async def _lock_card(project: Project, store: Store, need: EngineConfig, aliased: int) -> CardLock | None:
     """Wait for the card. None if meanwhile a server for the same base has come up."""
     while True:
         lock = try_lock(project, need.card, f"ft evaluation, pid {os.getpid()}")
         if lock is not None:
             return lock
         await asyncio.sleep(POLL_SECONDS)
-        status = await asyncio.to_thread(server_status, store)
-        if status is not None and status.serves(need):
+        if await asyncio.to_thread(_server_for, store, need, aliased):
             return None
 
 

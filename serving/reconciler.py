@@ -123,13 +123,14 @@ class Reconciler:
             "parity": {"outcome": landed.parity.outcome, "reason": landed.parity.reason, **landed.parity.numbers},
         }
         moved = _last_move(self.store, model)
+        # Not where an older version answers again because the champion was refused.
         if moved and f"{model}@{moved.version}" == name:
             swap["since_promotion"] = round(time.time() - moved.created, 3)
             append(self.store, new_event("ft/serving", "adapter.served", name, swap, key=f"served-{moved.id}"))
         self.swaps = [*self.swaps, {"version": name, "at": time.time(), **swap}][-KEPT_SWAPS:]
 
     def _note_refusal(self, version: Version, error: AdmissionError) -> None:
-        moved = _last_move(self.store, version.model)
+        moved = _last_move(self.store, version.model, version.version)
         numbers = error.parity.numbers if isinstance(error, ProbeFailed) else {}
         data = {"reason": error.what, "place": error.place, "parity": numbers}
         key = f"refused-{version.name}-{moved.id if moved else 0}"
@@ -214,8 +215,9 @@ def _away(champion: str, refused: Mapping[str, str]) -> Away:
     return Away(f"{champion} is being loaded")
 
 
-def _last_move(store: Store, model: str) -> adapters.Promotion | None:
-    moves = adapters.promotions(store, model)
+def _last_move(store: Store, model: str, to: int | None = None) -> adapters.Promotion | None:
+    """The last move of the model's champion (to that version); events are deduplicated by it."""
+    moves = [each for each in adapters.promotions(store, model) if to in (None, each.version)]
     return moves[-1] if moves else None
 
 
