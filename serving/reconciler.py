@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from registry import adapters
-from registry.adapters import Version
+from registry.adapters import Promotion, Version
 from registry.base_models import BaseModel, base_path
 from registry.cards import wanted
 from registry.errors import AdmissionError
@@ -32,11 +32,12 @@ KEPT_SWAPS = 20
 class Wanted:
     """What the store wants of one model: the versions to hold loaded, the champion first.
 
-    `closed` says why this server does not answer for the model at all.
+    `moved` is the last move of its champion; `closed` says why this server does not answer for it at all.
     """
 
     model: str
     versions: tuple[Version, ...]
+    moved: Promotion | None = None
     closed: str = ""
 
 
@@ -60,6 +61,7 @@ class Reconciler:
         self.landed: dict[str, Landed] = {}
         self.refused: dict[str, str] = {}
         self.swaps: list[dict[str, Any]] = []
+        self.told: set[int] = set()
         self.loaded: dict[str, str] = {}
 
     async def step(self) -> None:
@@ -69,9 +71,8 @@ class Reconciler:
         self.landed = {name: each for name, each in self.landed.items() if name in self.loaded}
         for version in to_bring_up(models, self.landed, self.refused):
             await self._bring_up(version)
-            await self._apply(decide(models, self.landed, self.refused, self._live(), self.loaded))
-        decision = decide(models, self.landed, self.refused, self._live(), self.loaded)
-        await self._apply(decision)
+            await self._settle(models)
+        decision = await self._settle(models)
         await self._unload(decision.unload)
 
     async def _bring_up(self, version: Version) -> None:
@@ -83,7 +84,13 @@ class Reconciler:
             await asyncio.to_thread(self._note_refusal, version, error)
         self.loaded = await self.engine.models()
 
-    async def _apply(self, decision: Decision) -> None:
+    async def _settle(self, models: list[Wanted]) -> Decision:
+        decision = decide(models, self.landed, self.refused, self._live(), self.loaded)
+        self._apply(decision)
+        await self._tell(models)
+        return decision
+
+    def _apply(self, decision: Decision) -> None:
         before = self._live()
         routes = self._routes(decision)
         if _same(routes, self.board.routes):
@@ -93,7 +100,7 @@ class Reconciler:
         flip = time.perf_counter() - began
         for model, name in decision.live.items():
             if before.get(model) != name:
-                await asyncio.to_thread(self._note_flip, model, name, before.get(model), flip)
+                self._record(model, name, before.get(model), flip)
 
     def _routes(self, decision: Decision) -> Routes:
         named = {name: Route(name, self.engine) for name in decision.named}
@@ -114,20 +121,34 @@ class Reconciler:
                     await self.engine.unload(name)
                     self.landed.pop(name, None)
 
-    def _note_flip(self, model: str, name: str, before: str | None, flip: float) -> None:
+    def _record(self, model: str, name: str, before: str | None, flip: float) -> None:
         landed = self.landed[name]
-        swap: dict[str, Any] = {
+        # The way of a version that was loaded already (a rollback's) has been told with its first flip.
+        again = any(each["version"] == name for each in self.swaps)
+        swap = {
+            "version": name,
+            "at": time.time(),
             "route": model,
             "from": before,
-            "seconds": {**landed.seconds, "flip": round(flip, 7)},
+            "seconds": {**({} if again else landed.seconds), "flip": round(flip, 7)},
             "parity": {"outcome": landed.parity.outcome, "reason": landed.parity.reason, **landed.parity.numbers},
         }
-        moved = _last_move(self.store, model)
-        # Not where an older version answers again because the champion was refused.
-        if moved and f"{model}@{moved.version}" == name:
-            swap["since_promotion"] = round(time.time() - moved.created, 3)
-            append(self.store, new_event("ft/serving", "adapter.served", name, swap, key=f"served-{moved.id}"))
-        self.swaps = [*self.swaps, {"version": name, "at": time.time(), **swap}][-KEPT_SWAPS:]
+        self.swaps = [*self.swaps, swap][-KEPT_SWAPS:]
+
+    async def _tell(self, models: list[Wanted]) -> None:
+        """Append `adapter.served` once for each move of `champion`, when its version answers."""
+        live = self._live()
+        for each in models:
+            moved = each.moved
+            if moved and moved.id not in self.told and live.get(each.model) == f"{each.model}@{moved.version}":
+                await asyncio.to_thread(self._append_served, moved)
+                self.told.add(moved.id)
+
+    def _append_served(self, moved: Promotion) -> None:
+        name = f"{moved.model}@{moved.version}"
+        swap = next((each for each in reversed(self.swaps) if each["version"] == name), {"at": time.time()})
+        data = {**swap, "since_promotion": round(max(0.0, swap["at"] - moved.created), 3)}
+        append(self.store, new_event("ft/serving", "adapter.served", name, data, key=f"served-{moved.id}"))
 
     def _note_refusal(self, version: Version, error: AdmissionError) -> None:
         moved = _last_move(self.store, version.model, version.version)
@@ -193,11 +214,11 @@ def rank_needed(store: Store, base: BaseModel) -> int:
 def _wanted(store: Store, model: str, base: BaseModel) -> Wanted:
     aliases = adapters.aliases(store, model)
     if "champion" not in aliases:
-        return Wanted(model, (), "it has no champion yet")
+        return Wanted(model, (), closed="it has no champion yet")
     named = [adapters.get_version(store, model, aliases[each]) for each in ("champion", "previous") if each in aliases]
     if not _is_on(named[0], base):
-        return Wanted(model, (), f"its champion is on another base model ({named[0].body['base']['source']})")
-    return Wanted(model, tuple(version for version in named if _is_on(version, base)))
+        return Wanted(model, (), closed=f"its champion is on another base model ({named[0].body['base']['source']})")
+    return Wanted(model, tuple(each for each in named if _is_on(each, base)), _last_move(store, model))
 
 
 def _aliased(store: Store) -> list[Version]:
@@ -215,10 +236,13 @@ def _away(champion: str, refused: Mapping[str, str]) -> Away:
     return Away(f"{champion} is being loaded")
 
 
-def _last_move(store: Store, model: str, to: int | None = None) -> adapters.Promotion | None:
+def _last_move(store: Store, model: str, to: int | None = None) -> Promotion | None:
     """The last move of the model's champion (to that version); events are deduplicated by it."""
-    moves = [each for each in adapters.promotions(store, model) if to in (None, each.version)]
-    return moves[-1] if moves else None
+    row = store.first(
+        "SELECT * FROM promotions WHERE model = ? AND ? IN (-1, version) ORDER BY id DESC LIMIT 1",
+        (model, -1 if to is None else to),
+    )
+    return Promotion(**row) if row else None
 
 
 def _same(one: Routes, other: Routes) -> bool:

@@ -80,7 +80,7 @@ def test_champions_come_before_previous_versions_and_refused_ones_not_at_all() -
 
 
 def test_without_an_engine_every_name_is_away() -> None:
-    routes = nothing_answers([*wanted(2, 1), Wanted("letters", (), "no champion")], Away("restarting"))
+    routes = nothing_answers([*wanted(2, 1), Wanted("letters", (), closed="no champion")], Away("restarting"))
     assert set(routes.away) == {"tickets", "tickets@2", "tickets@1"}
     assert routes.closed == {"letters": "no champion"}
 

@@ -136,6 +136,9 @@ def test_swaps_under_load_lose_and_mislabel_nothing(served: Served) -> None:
     across = [each for each in answers for flip in flips if each.began < flip < each.ended]
     assert across, "no answer was under way at a flip"
     wait_until(lambda: served.status.routes == {MODEL: f"{MODEL}@1"}, 10, "rolled back")
+    told = events.read(served.store, type_="adapter.served")
+    assert [each.subject for each in told] == [f"{MODEL}@1", beta.name, f"{MODEL}@1"]
+    assert set(told[2].data["seconds"]) == {"flip"}, "a rollback loads and probes nothing"
     assert {f"{MODEL}@1", beta.name} <= set(served.status.loaded), "previous is kept loaded"
 
 
