@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import yaml
 from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -58,16 +60,12 @@ def load_settings(project: Project) -> Settings:
         raise WrongInput(
             "\n".join(wrong), place=f"{path} or FT_* variables", fix="`ft doctor` lists all settings"
         ) from None
-    except (ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise WrongInput(f"not valid YAML settings: {error}", place=str(path)) from error
 
 
 def sources(project: Project) -> dict[str, tuple[Any, str]]:
     """Each setting's value and where it comes from, secrets masked."""
-    import os
-
-    import yaml
-
     settings, path = load_settings(project), project.root / "ft.yaml"
     written = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
     found: dict[str, tuple[Any, str]] = {}
