@@ -82,7 +82,8 @@ class Gateway:
     async def _health(self, send: Send, headers: Headers) -> None:
         routes = self.board.routes
         reasons = sorted({each.reason for each in routes.away.values()})
-        status = 503 if reasons or not routes.internal else 200
+        # One model that was refused is no reason to take the whole gateway out of service.
+        status = 200 if routes.internal else 503
         body = {
             "status": "ok" if status == 200 else "away",
             "generation": routes.generation,

@@ -9,7 +9,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -207,8 +207,10 @@ def test_only_the_few_paths_answer() -> None:
         async with here.session.get(here.url + "/v1/models") as answer:
             names = [each["id"] for each in (await answer.json())["data"]]
         assert names == ["tickets@1", "tickets@2", "tickets"]
+        routes = here.routes()
+        here.board.flip(replace(routes, away={"tickets@4": Away("it was refused", hold=False)}))
         async with here.session.get(here.url + "/health") as answer:
-            assert answer.status == 200
+            assert (answer.status, (await answer.json())["reasons"]) == (200, ["it was refused"])
 
     in_front(test)
 
