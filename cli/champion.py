@@ -31,21 +31,21 @@ def person() -> str:
 
 
 def tell_move(project: Project, store: Store, moved: Promotion, *, as_json: bool) -> None:
-    """Wait for the swap where a server is up, tell MLflow, and print both.
+    """Print what moved, wait for the swap where a server is up, and tell MLflow.
 
     Raises EngineError if the server does not serve the new champion within a minute, or refuses it.
     """
-    swapped = _wait_for_swap(store, moved)
-    _tell_mlflow(project, store, moved)
-    if as_json:
-        print_json({**asdict(moved), "served_after": swapped})
-        return
-    before = "nothing" if moved.from_version is None else f"version {moved.from_version}"
-    say(f"champion of {moved.model}: {before} -> version {moved.version}")
-    if swapped is None:
-        say("no server is up; `ft serve up` starts one")
-    else:
-        say(f"served after {swapped:.2f} s")
+    if not as_json:
+        before = "nothing" if moved.from_version is None else f"version {moved.from_version}"
+        say(f"champion of {moved.model}: {before} -> version {moved.version}")
+    try:
+        swapped = _wait_for_swap(store, moved)
+        if as_json:
+            print_json({**asdict(moved), "served_after": swapped})
+        else:
+            say("no server is up; `ft serve up` starts one" if swapped is None else f"served after {swapped:.2f} s")
+    finally:
+        _tell_mlflow(project, store, moved)  # last: importing mlflow takes longer than the swap
 
 
 def _wait_for_swap(store: Store, moved: Promotion) -> float | None:

@@ -45,8 +45,8 @@ def gate(
     with asking(f"judge {version.name}", quiet=as_json) as progress:
         judged = asyncio.run(judge_version(project, store, settings, version, progress))
     verdict = add_verdict(store, version.model, version.version, judged.outcome, judged.body, None)
-    _mirror(project, version, verdict)
     _show(verdict, reports, as_json)
+    _mirror(project, version, verdict)
     _leave(verdict, as_json)
 
 

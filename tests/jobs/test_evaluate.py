@@ -24,7 +24,8 @@ from serving.engine import Engine
 from tests.fakes.answering_engine import KEY, Answerer, AnsweringEngine, Fault
 from tests.judged_project import BASE, LABELS, OTHER_BASE, TEST_ROWS, Judged, make_judged, question_of
 
-QUICK = Patience(seconds=0.4, attempts=3, pause=0.01)
+QUICK = Patience(seconds=20, attempts=3, pause=0.01)
+HASTY = Patience(seconds=0.4, attempts=3, pause=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,15 @@ def request(here: Judged, recipe: Finetune | None = None, champion: int | None =
 
 
 def run(
-    here: Judged, canned: AnsweringEngine, asked: EvalRequest, progress: Any = lambda *_: None
+    here: Judged,
+    canned: AnsweringEngine,
+    asked: EvalRequest,
+    progress: Any = lambda *_: None,
+    patience: Patience = QUICK,
 ) -> dict[str, Scored]:
     async def go() -> dict[str, Scored]:
         async with Engine(canned.url, KEY) as engine:
-            return await evaluate(here.project, here.store, engine, asked, progress, QUICK)
+            return await evaluate(here.project, here.store, engine, asked, progress, patience)
 
     return asyncio.run(go())
 
@@ -214,7 +219,7 @@ FAULTS = [
 def test_a_fault_that_passes_is_waited_out(here: Judged, fault: Fault) -> None:
     times = 1 if fault.hang else 2
     with AnsweringEngine(flaky(fault, times)) as canned:
-        scored = run(here, canned, request(here))
+        scored = run(here, canned, request(here), patience=HASTY if fault.hang else QUICK)
     assert scored["candidate"].metrics["exact_match"] == 1.0
     assert scored["candidate"].failed == []
 
@@ -223,7 +228,7 @@ def test_a_fault_that_passes_is_waited_out(here: Judged, fault: Fault) -> None:
 def test_an_engine_that_fails_is_no_verdict_on_the_model(here: Judged, fault: Fault) -> None:
     with AnsweringEngine(flaky(fault, 99)) as canned:
         with pytest.raises(EngineError, match=r"m@2 gave no answer to \d+ questions, so no score"):
-            run(here, canned, request(here))
+            run(here, canned, request(here), patience=HASTY if fault.hang else QUICK)
         # It gives up soon: not three attempts at each of all rows.
         assert len(canned.asked) <= 3 * (TEST_ROWS // 10 + 1 + 4)
         assert "m@2" not in canned.loaded
