@@ -15,6 +15,8 @@ from registry.errors import DataError, MissingPart, Trouble
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
+BELOW_DVC = ("dvc", "dvc_data", "dvc_objects", "scmrepo", "dulwich", "pygit2", "git", "botocore", "aiohttp")
+
 
 @contextmanager
 def opened(root: Path) -> Iterator[Repo]:
@@ -44,6 +46,11 @@ def translated(place: Path) -> Iterator[None]:
     except OSError as error:
         what = f"data cannot be read or written: {error.strerror or error}"
         raise Trouble(what, place=str(error.filename or place), fix="free disk space, or check its rights") from error
+    except Exception as error:
+        # Errors of what DVC is built on reach us bare: dulwich's FileLocked while another git is at work, say.
+        if type(error).__module__.split(".")[0] not in BELOW_DVC:
+            raise
+        raise Trouble(f"DVC: {type(error).__name__}: {error}", place=str(place), fix="try again") from error
 
 
 def quiet() -> None:

@@ -38,7 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
     done = ft(root.parent.parent, "init", "deep/shop", env=NOBODY)
     assert (done.returncode, done.stderr) == (0, "")
     assert time.monotonic() - started < 15  # 2 s on an idle machine; more says that something waits
-    assert "next: cd deep/shop && ft run recipes/tickets.yaml" in done.stdout
+    assert done.stdout.startswith("made deep/shop: recipes/tickets.yaml, and datasets/tickets as version ")
+    assert done.stdout.endswith("\nnext: cd deep/shop && ft run recipes/tickets.yaml\n")
     return find_project(root)
 
 

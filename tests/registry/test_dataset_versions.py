@@ -159,6 +159,7 @@ def test_a_broken_object_of_the_cache_is_replaced_by_the_remotes(project: Projec
         broken = cached_path(repo, version.files["train.jsonl"])
     broken.chmod(0o644)
     broken.write_text("bits rot", encoding="utf-8")
+    broken.chmod(0o444)  # which makes DVC trust it
     materialise(project, version, tmp_path / "data")
     assert content(tmp_path / "data") == version.files
 
@@ -233,6 +234,22 @@ def test_nothing_changes_when_writing_or_tracking_fails(project: Project) -> Non
     assert pin(project, "datasets/mine") == version
     assert leftovers(project) == [".gitignore", "mine", "mine.dvc"]
     assert (project.root / "datasets" / ".gitignore").read_text(encoding="utf-8").split() == ["/mine"]
+
+
+def test_the_records_are_as_before_when_tracking_fails_at_its_very_end(project: Project) -> None:
+    with opened(project.root) as repo, repo.config.edit() as config:
+        config["core"]["autostage"] = True
+    lock = project.root / ".git" / "index.lock"
+    lock.touch()  # another git is at work: DVC has written its records, and cannot stage them
+    with pytest.raises((DataError, Trouble)):
+        add(project)
+    assert leftovers(project) == []
+    lock.unlink()
+    version = add(project)
+    lock.touch()
+    with pytest.raises((DataError, Trouble)):
+        add(project, "other", replace=True)
+    assert pin(project, "datasets/mine") == version
 
 
 def test_an_import_that_was_killed_leaves_nothing_in_the_way(project: Project) -> None:
