@@ -253,12 +253,11 @@ def _labels(task: Evaluate, train_file: Path) -> list[str]:
 
 
 def _key(request: EvalRequest, subject: Subject, rows: list[Row]) -> str:
-    """All that the subject's answers and their score rest on."""
+    """All that the subject's answers and their score rest on; labels come from the task or the dataset."""
     facts = {
         "subject": subject.digest,
         "dataset": request.dataset,
         "task": request.task.model_dump(mode="json", exclude={"concurrency"}),
-        "labels": [] if subject.folder else list(request.labels),
         "rows": _digest(rows),
         "prompt": PROMPT_VERSION,
     }

@@ -76,6 +76,21 @@ def test_too_few_rows_are_undecided_and_say_how_many_would_do() -> None:
     assert judge(Gate(may_lose=0.2), "label", candidate, champion, BAD).outcome == "pass"
 
 
+def test_it_is_the_interval_that_must_clear_the_margin_not_the_score() -> None:
+    champion = labelled("m@1", [1] * 30 + [0] * 10, 1)
+    equal = labelled("m@2", [0] * 5 + [1] * 30 + [0] * 5, 2)
+    judged = judge(Gate(may_lose=0.05), "label", equal, champion, BAD)
+    assert (judged.body["difference"], judged.outcome) == (0.0, "undecided")
+
+
+def test_rows_are_drawn_for_both_alike() -> None:
+    """The same answers differ by nothing on any draw, however many of them are wrong."""
+    half = labelled("m@1", [1, 1, 1, 0, 0, 0, 1, 0], 1)
+    for metric in ("exact_match", "macro_f1"):
+        found = paired_difference(metric, half, half, confidence=0.99, seed=1)
+        assert (found.low, found.high, found.detectable) == (0.0, 0.0, 0.0)
+
+
 def test_fail_beats_undecided() -> None:
     champion = labelled("m@1", [1] * 30 + [0] * 10, 1)
     candidate = labelled("m@2", [0] * 2 + [1] * 29 + [0] * 9, 2)
