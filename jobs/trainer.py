@@ -167,10 +167,10 @@ class Claim:
             thread.join(timeout=RENEW_SECONDS)
 
     def report(self, line: dict[str, Any]) -> None:
-        """Add a progress line; shipped in batches of a second."""
+        """Add a progress line; shipped in batches of a second, and a new stage at once: it may last minutes."""
         with self.lock:
             self.lines.append({"time": time.time(), "epoch": self.epoch, **line})
-        if time.monotonic() - self.written > PROGRESS_SECONDS:
+        if "stage" in line or time.monotonic() - self.written > PROGRESS_SECONDS:
             self.flush()
 
     def flush(self) -> None:

@@ -127,6 +127,7 @@ def _arguments(task: Task) -> SFTConfig:
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would replace a loss that is no number, and ProgressMeter never see it
         save_strategy="steps",
         save_steps=train.checkpoint_steps,
         eval_strategy="epoch",
