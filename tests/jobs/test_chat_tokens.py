@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from jobs.trainers.chat_tokens import IGNORED, Messages, encode, prompt_ids
-from registry.base_models import BaseModel
 from tests.conftest import TinyBase
 
 LLAMA3 = (
@@ -108,10 +107,3 @@ def test_odd_answers_are_counted_whole(tokenizer: Any, answer: str) -> None:
 def test_an_answer_that_the_tokenizer_joins_with_its_prompt_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"joins the prompt's end with the answer's beginning \('.n.n.nrefund'\)"):
         encode(tokenizer, [CHAT[1], {"role": "assistant", "content": "\n\n\nrefund"}])
-
-
-def test_the_real_models_tokenizer_is_the_tiny_ones(tokenizer: Any, base_model: BaseModel, persons_cache: Any) -> None:
-    from transformers import AutoTokenizer
-
-    real = AutoTokenizer.from_pretrained(persons_cache / "models" / base_model.folder)
-    assert encode(real, CHAT) == encode(tokenizer, CHAT)
