@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.2
 LINE_SECONDS = 10.0
-RESTARTS = 5
+STARTS = 5
 
 
 def watch(project: Project, store: Store, run_id: str, *, quiet: bool = False) -> runs.Run:
@@ -129,20 +129,18 @@ class _WorkerKeeper:
     """Starts the worker again if it died, and gives up when that does not help."""
 
     def __init__(self, project: Project) -> None:
-        self.project, self.restarts, self.stage = project, 0, ""
+        self.project, self.starts, self.stage = project, 0, ""
 
     def look(self, run: runs.Run) -> None:
         if run.stage != self.stage:
-            self.stage, self.restarts = run.stage, 0
+            self.stage, self.starts = run.stage, 0
         if worker_is_on(self.project):
             return
-        self.restarts += 1
-        if self.restarts > RESTARTS * 10:
-            raise Trouble("the worker ends as soon as it is started", place=str(self.project.logs / "worker.log"),
-                          fix=worker_log_tail(self.project))  # fmt: skip
-        if self.restarts % 10 == 1:
-            with submitting(self.project):
-                ensure_worker(self.project)
+        if self.starts == STARTS:
+            raise Trouble(f"the worker ended {STARTS} times before it did anything",
+                          place=str(self.project.logs / "worker.log"), fix=worker_log_tail(self.project))  # fmt: skip
+        with submitting(self.project):
+            self.starts += ensure_worker(self.project)
 
 
 class _Quiet:

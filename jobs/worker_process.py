@@ -17,6 +17,10 @@ from pathlib import Path
 
 from registry.project import Project
 
+LOCK_VARIABLE = "FT_WORKER_LOCK"
+# Workers that this process started: kept, because Python warns of a process that is forgotten while it runs.
+_started: list[subprocess.Popen[bytes]] = []
+
 
 @contextmanager
 def submitting(project: Project) -> Iterator[None]:
@@ -30,26 +34,41 @@ def submitting(project: Project) -> Iterator[None]:
 
 
 def ensure_worker(project: Project) -> bool:
-    """Start a worker unless one is on; True if one was started. It ends by itself when it has nothing to do."""
-    if worker_is_on(project):
+    """Start a worker unless one is on; True if one was started. It ends by itself when it has nothing to do.
+
+    The worker is born with its lock: it needs seconds to import its engine, and a second one started meanwhile
+    would only find out at the end of them that it is not wanted.
+    """
+    lock = take_worker_lock(project)
+    if lock is None:
         return False
+    try:
+        _start(project, lock)
+    finally:
+        os.close(lock)
+    return True
+
+
+def _start(project: Project, lock: int) -> None:
     project.logs.mkdir(parents=True, exist_ok=True)
     with (project.logs / "worker.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.worker"],
             cwd=project.root,
-            env={**os.environ, "FT_PROJECT": str(project.root)},
+            env={**os.environ, "FT_PROJECT": str(project.root), LOCK_VARIABLE: str(lock)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=[lock],
         )
-    # It outlives this command on purpose; without this, Popen warns of a process nobody waited for.
-    process.returncode = 0
-    return True
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(process.pid).encode(), 0)
+    _started.append(process)
 
 
 def worker_is_on(project: Project) -> bool:
+    _started[:] = [worker for worker in _started if worker.poll() is None]
     fd = _open(project, "worker.lock")
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -63,6 +82,9 @@ def worker_is_on(project: Project) -> bool:
 
 def take_worker_lock(project: Project) -> int | None:
     """The lock's descriptor, kept open for the life of the worker; None if there is a worker already."""
+    if given := os.environ.pop(LOCK_VARIABLE, ""):
+        os.set_inheritable(int(given), False)
+        return int(given)
     fd = _open(project, "worker.lock")
     for _ in range(50):  # somebody who only looks holds it shared for a moment
         try:
