@@ -2,7 +2,7 @@
 
 The rules, the same for every subject and on both sides (expected and said):
 - text is NFC, runs of white space are one space, none at the ends;
-- a label is compared without case, surrounding quotes or backticks, and a full stop at its end;
+- a label is compared without case, surrounding quotes or backticks, a dash before it, and a full stop at its end;
 - a JSON answer must be the whole answer (no code fence, no words around it), of plain JSON (no NaN);
 - tokens of free text are what white space separates, without case; punctuation stays;
 - an answer that is missing (None: the engine failed) is wrong.
@@ -100,7 +100,7 @@ def as_text(text: str) -> str:
 
 def as_label(text: str) -> str:
     plain = as_text(text)
-    bare = plain.strip(QUOTES).removesuffix(".").strip(QUOTES).strip()
+    bare = plain.removeprefix("- ").removeprefix("* ").strip(QUOTES).removesuffix(".").strip(QUOTES).strip()
     return unicodedata.normalize("NFC", (bare or plain).casefold())
 
 
