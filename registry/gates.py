@@ -103,9 +103,7 @@ def _compare(gate: Gate, metric: str, candidate: Scored, reference: Scored) -> D
     return paired_difference(metric, candidate, forgiven, confidence=gate.confidence, seed=SEED)
 
 
-def _numbers(
-    gate: Gate, metric: str, candidate: Scored, champion: Scored | None, base: Scored
-) -> dict[str, Any]:
+def _numbers(gate: Gate, metric: str, candidate: Scored, champion: Scored | None, base: Scored) -> dict[str, Any]:
     asked = {"candidate": candidate, "base": base} | ({"champion": champion} if champion else {})
     return {
         "metric": metric,
