@@ -60,6 +60,7 @@ class Reconciler:
         self.modules = lora_modules(base_path(project, config.base))
         self.landed: dict[str, Landed] = {}
         self.refused: dict[str, str] = {}
+        self._refused_at: dict[str, int] = {}
         self.swaps: list[dict[str, Any]] = []
         self.told: set[int] = set()
         self.loaded: dict[str, str] = {}
@@ -69,11 +70,19 @@ class Reconciler:
         models = await asyncio.to_thread(wanted_models, self.store, self.config.base)
         self.loaded = await self.engine.models()
         self.landed = {name: each for name, each in self.landed.items() if name in self.loaded}
+        self._forget_refusals(models)
         for version in to_bring_up(models, self.landed, self.refused):
             await self._bring_up(version)
             await self._settle(models)
         decision = await self._settle(models)
         await self._unload(decision.unload)
+
+    def _forget_refusals(self, models: list[Wanted]) -> None:
+        """Who promotes a refused version again wants it tried again."""
+        for each in models:
+            name = f"{each.model}@{each.moved.version}" if each.moved else ""
+            if each.moved and name in self.refused and self._refused_at[name] != each.moved.id:
+                del self.refused[name]
 
     async def _bring_up(self, version: Version) -> None:
         folder = self.project.home / version.folder
@@ -81,7 +90,7 @@ class Reconciler:
             self.landed[version.name] = await bring_up(self.engine, version, folder, self.config.max_rank, self.modules)
         except AdmissionError as error:
             self.refused[version.name] = error.what
-            await asyncio.to_thread(self._note_refusal, version, error)
+            self._refused_at[version.name] = await asyncio.to_thread(self._note_refusal, version, error)
         self.loaded = await self.engine.models()
 
     async def _settle(self, models: list[Wanted]) -> Decision:
@@ -150,12 +159,15 @@ class Reconciler:
         data = {**swap, "since_promotion": round(max(0.0, swap["at"] - moved.created), 3)}
         append(self.store, new_event("ft/serving", "adapter.served", name, data, key=f"served-{moved.id}"))
 
-    def _note_refusal(self, version: Version, error: AdmissionError) -> None:
+    def _note_refusal(self, version: Version, error: AdmissionError) -> int:
+        """Append the event; the id of the move that it answers."""
         moved = _last_move(self.store, version.model, version.version)
         numbers = error.parity.numbers if isinstance(error, ProbeFailed) else {}
         data = {"reason": error.what, "place": error.place, "parity": numbers}
-        key = f"refused-{version.name}-{moved.id if moved else 0}"
+        move = moved.id if moved else 0
+        key = f"refused-{version.name}-{move}"
         append(self.store, new_event("ft/serving", "adapter.refused", version.name, data, key=key))
+        return move
 
 
 def wanted_models(store: Store, base: BaseModel) -> list[Wanted]:

@@ -155,6 +155,9 @@ def test_a_failed_probe_leaves_the_old_version_serving(served: Served) -> None:
     assert wrong.name not in served.status.loaded
     assert "parity" in served.status.refused[wrong.name]
     served.roll_back()
+    served.promote(wrong)  # who promotes it again gets a second answer
+    wait_until(lambda: len(_refusals(served, wrong.name)) == 2, 20, "tried and refused again")
+    served.roll_back()
 
 
 def test_an_adapter_that_was_changed_is_not_loaded(served: Served) -> None:
