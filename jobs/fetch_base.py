@@ -107,7 +107,7 @@ def _hub_info(base: Base, reference: Reference) -> Any:
 
 @contextmanager
 def _hub_errors(base: Base, reference: Reference) -> Iterator[None]:
-    import httpx
+    import httpx2
     from huggingface_hub import errors as hub
 
     try:
@@ -121,7 +121,7 @@ def _hub_errors(base: Base, reference: Reference) -> Iterator[None]:
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
         raise BaseModelError(f"the hub has no {reference.name}{'@' + base.revision if base.revision else ''}",
                              place="base.model", fix=_short(error)) from error  # fmt: skip
-    except (httpx.HTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, OSError) as error:
+    except (httpx2.HTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, OSError) as error:
         # hub.HfHubHTTPError is one of the HTTP client's own; where nobody answered at all it is not.
         raise BaseModelError(
             f"{reference.name} is not in the cache, and the hub cannot be reached",
