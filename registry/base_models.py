@@ -97,7 +97,7 @@ def find_base(project: Project, base: Base, reference: Reference) -> BaseModel |
 def read_base(folder: Path) -> BaseModel | None:
     """The complete base model in a folder of the cache; None if it is not (or only half) there."""
     manifest = read_manifest(folder)
-    if manifest is None:
+    if manifest is None or not {"source", "revision", "licence"} <= manifest.keys():
         return None
     facts = {name: str(manifest[name]) for name in ("source", "revision", "licence")}
     return BaseModel(**facts, digest=manifest_digest(folder), folder=folder.name)
