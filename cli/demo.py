@@ -22,6 +22,9 @@ from typing import Any, TextIO
 import aiohttp
 
 from cli.console import say, table
+from registry.project import find_project
+from registry.runs import Run, get
+from registry.store import open_store
 
 MODEL, RECIPE = "tickets", "recipes/tickets.yaml"
 QUESTION = "The tracking page has not moved for six days, where is my parcel?"
@@ -147,8 +150,7 @@ async def _until_swapped(traffic: Traffic, stop: asyncio.Event, run_id: str, pro
         newest = traffic.versions[f"{MODEL}@2"]
         if traffic.total >= REQUESTS and newest >= AFTER_FLIP:
             break
-        state = (await asyncio.to_thread(_json, project, "ft", "show", run_id, "--json"))["state"]
-        if state in ("failed", "refused", "cancelled"):
+        if _run_of(project, run_id).state in ("failed", "refused", "cancelled"):
             break
         await asyncio.sleep(1)
     stop.set()
@@ -204,12 +206,14 @@ def _models_in(text: str, *, stream: bool) -> set[str]:
 
 async def _gateway_is_back(project: Path, run_id: str) -> str:
     """The gateway's address, once training has given the card back and the engine answers."""
-    while True:
-        run = await asyncio.to_thread(_json, project, "ft", "show", run_id, "--json")
-        status = await asyncio.to_thread(_json, project, "ft", "serve", "status", "--json")
-        if run["stage"].startswith("evaluate ") or run["state"] not in ("submitted", "running"):
-            return str(status["gateway_url"])
+    while (run := _run_of(project, run_id)).active and not run.stage.startswith("evaluate "):
         await asyncio.sleep(1)
+    return str((await asyncio.to_thread(_json, project, "ft", "serve", "status", "--json"))["gateway_url"])
+
+
+def _run_of(project: Path, run_id: str) -> Run:
+    # Read here, not by `ft show`: a process each second would take a third of a core from what is shown.
+    return get(open_store(find_project(project)), run_id)
 
 
 def _system(project: Path) -> str:
