@@ -54,7 +54,7 @@ def _post(body: dict[str, Any]) -> HTTPResponse:
 
     from registry.errors import EngineError
     from registry.project import find_project
-    from serving.server_record import read_keys
+    from serving.server_keys import read_keys
 
     keys = read_keys(find_project())
     if not keys:

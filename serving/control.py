@@ -22,7 +22,8 @@ from registry.settings import Settings
 from registry.store import Store
 from serving.engine import Engine
 from serving.reconciler import rank_needed
-from serving.server_record import ERROR_LINE, ServerStatus, is_gone, last_words, read_keys, server_status
+from serving.server_keys import read_keys
+from serving.server_record import ERROR_LINE, ServerStatus, is_gone, last_words, server_status
 from serving.vllm_env import ensure_vllm
 from serving.vllm_process import EngineConfig, engine_rank, start_vllm
 

@@ -50,7 +50,8 @@ class Routes:
         return found or (self.internal.get(name) if internal else None)
 
     def nearest(self, name: str) -> list[str]:
-        names = sorted({*self.public, *self.away})
+        models = {each for each in self.away if "@" not in each}
+        names = sorted({*self.public, *models})
         return difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
 
 

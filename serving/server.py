@@ -32,7 +32,8 @@ from registry.store import Store, open_store
 from serving.gateway import Gateway
 from serving.reconciler import Reconciler, nothing_answers, rank_needed, wanted_models
 from serving.routes import Away, Board
-from serving.server_record import ERROR_LINE, ServerStatus, State, only_server, write_keys, write_status
+from serving.server_keys import write_keys
+from serving.server_record import ERROR_LINE, ServerStatus, State, only_server, write_status
 from serving.vllm_process import EngineConfig, VllmProcess, engine_rank, start_vllm
 
 POLL_SECONDS = 0.5

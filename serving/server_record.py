@@ -1,7 +1,7 @@
-"""What other processes can know of this project's server: its row in the store, its lock, and its keys.
+"""What other processes can know of this project's server: its row in the store, and its lock.
 
-The row is a heartbeat with the state in it. Keys are never in the database: they are in `.ft/server.json`, which
-only its owner can read. Whether the server lives is read off its lock, which no dead process can hold.
+The row is a heartbeat with the state in it. Whether the server lives is read off its lock, which no dead process
+can hold.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from registry.errors import Conflict
 from registry.project import Project
 from registry.recipe import Serve
 from registry.store import Store, dump
+from serving.server_keys import forget_keys
 from serving.vllm_process import EngineConfig
 
 ROW = "server"
@@ -107,33 +108,13 @@ def only_server(project: Project, store: Store) -> Iterator[None]:
     try:
         yield
     finally:
-        keys_path(project).unlink(missing_ok=True)
+        forget_keys(project)
         os.close(fd)
 
 
 def is_gone(store: Store) -> bool:
     """Has the server let go of everything?"""
     return not _is_locked(_lock_path(store))
-
-
-def write_keys(project: Project, keys: dict[str, str]) -> None:
-    partial = keys_path(project).with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        json.dump(keys, out)
-    partial.replace(keys_path(project))
-
-
-def read_keys(project: Project) -> dict[str, str]:
-    """internal_key, gateway_url, engine_url and engine_key of the running server; {} without one."""
-    try:
-        return {str(name): str(value) for name, value in json.loads(keys_path(project).read_bytes()).items()}
-    except (OSError, ValueError):
-        return {}
-
-
-def keys_path(project: Project) -> Path:
-    return project.home / "server.json"
 
 
 def _lock_path(store: Store) -> Path:

@@ -17,7 +17,8 @@ from registry.dataset_versions import Pinned, store_version
 from registry.project import Project
 from registry.recipe import Finetune, Serve
 from registry.store import Store, open_store
-from serving.server_record import ServerStatus, only_server, write_keys, write_status
+from serving.server_keys import write_keys
+from serving.server_record import ServerStatus, only_server, write_status
 from tests.dvc_projects import make_project
 from tests.fakes.adapter_folder import lora_arrays, make_adapter
 from tests.fakes.answering_engine import KEY

@@ -20,7 +20,8 @@ from registry.recipe import Serve
 from registry.settings import Settings
 from registry.store import Store, open_store
 from serving.control import server_status, start_server, stop_server
-from serving.server_record import ServerStatus, is_gone, read_keys
+from serving.server_keys import read_keys
+from serving.server_record import ServerStatus, is_gone
 from tests.conftest import ROOT, run_bounded
 
 MODEL = "tickets"

@@ -21,16 +21,8 @@ from registry.recipe import Serve
 from registry.settings import Settings
 from registry.store import Store
 from serving.server import listen
-from serving.server_record import (
-    ServerStatus,
-    is_gone,
-    keys_path,
-    only_server,
-    read_keys,
-    server_status,
-    write_keys,
-    write_status,
-)
+from serving.server_keys import keys_path, read_keys, write_keys
+from serving.server_record import ServerStatus, is_gone, only_server, server_status, write_status
 from serving.vllm_process import EngineConfig, engine_rank, vllm_arguments
 
 BASE = BaseModel("small", "1", "MIT", "digest", "small@1")
