@@ -200,6 +200,8 @@ class _Bar(_Quiet):
 
 def describe(run: runs.Run, training: dict[str, Any] | None) -> str:
     """One line: the stage, and of training step, loss, rate and eta."""
+    if run.stage == "train" and not training:
+        return "train: loading the base model"
     if not training or "step" not in training:
         return run.stage if run.active and run.stage else run.state
     if training.get("stage") == "fingerprint":

@@ -209,6 +209,7 @@ async def promote(bench: Bench, run_id: str, verdict: State) -> State:
 async def wait_until_served(bench: Bench, run_id: str, moved: State) -> State:
     """If a server is up for this base, wait for its swap; a version that it refuses goes back by itself."""
     subject = f"{moved['model']}@{moved['version']}"
+    base = adapters.get_version(bench.store, moved["model"], moved["version"]).body["base"]["digest"]
     deadline = time.monotonic() + SERVED_SECONDS
     while time.monotonic() < deadline:
         answer = _what_server_said(bench, subject)
@@ -218,7 +219,7 @@ async def wait_until_served(bench: Bench, run_id: str, moved: State) -> State:
         if answer:
             _take_back(bench, moved, answer["data"])
         status = await asyncio.to_thread(server_status, bench.store)
-        if status is None:
+        if status is None or status.base["digest"] != base:
             runs.note_result(bench.store, run_id, served=None)
             return {"served": False}
         await bench.outside("engine" if status.state != "serving" else "swap", asyncio.sleep(WATCH_SECONDS))
