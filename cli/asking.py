@@ -32,15 +32,16 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _lines(what: str) -> Callable[[int, int], None]:
-    began = shown = time.monotonic()
+    began = shown = 0.0
 
     def progress(done: int, total: int) -> None:
-        nonlocal shown
+        nonlocal began, shown
         now = time.monotonic()
+        began = began or now  # at the first answer: before it an engine was started, which says nothing of the rate
         if now - shown > LINE_SECONDS or done == total:
             shown = now
-            rate = done / max(now - began, 1e-9)
-            left = f", eta {(total - done) / rate:.0f} s" if done < total else ""
-            print(f"{what}: {done}/{total}, {rate:.1f} rows/s{left}", file=sys.stderr, flush=True)
+            rate = (done - 1) / max(now - began, 1e-9)
+            left = f", {rate:.1f} rows/s, eta {(total - done) / rate:.0f} s" if rate and done < total else ""
+            print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)
 
     return progress

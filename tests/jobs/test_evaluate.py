@@ -115,7 +115,7 @@ def test_only_the_base_is_told_the_task(here: Judged) -> None:
     for body in canned.asked:
         text = body["messages"][-1]["content"]
         assert ("Answer with exactly one of these labels" in text) == (body["model"] == "base")
-        assert all(f"- {label}" in text for label in LABELS) == (body["model"] == "base")
+        assert all(f"\n{label}" in text for label in LABELS) == (body["model"] == "base")
 
 
 def test_a_repeat_asks_nothing(here: Judged) -> None:
