@@ -21,7 +21,7 @@ from registry.errors import AdmissionError, EngineError
 # The name under which every engine of ours serves its bare base model.
 BASE = "base"
 TIMEOUT = aiohttp.ClientTimeout(total=None, connect=5)
-MANAGE_SECONDS = 120.0
+LOOK_SECONDS, MANAGE_SECONDS = 30.0, 120.0
 # A long answer among many on a CPU takes minutes; the caller's own patience is usually shorter.
 ANSWER_SECONDS = 1800.0
 Message = dict[str, str]
@@ -72,7 +72,7 @@ class Engine:
 
     async def models(self) -> dict[str, str]:
         """What it has loaded: adapter name -> folder, without the base."""
-        body = await self._json("GET", "/v1/models")
+        body = await self._json("GET", "/v1/models", seconds=LOOK_SECONDS)
         return {each["id"]: each["root"] for each in body["data"] if each["id"] != BASE}
 
     async def load(self, name: str, path: Path) -> None:

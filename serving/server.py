@@ -39,6 +39,7 @@ from serving.vllm_process import EngineConfig, VllmProcess, engine_rank, start_v
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 1.0
 LONGEST_BACK_OFF = 60.0
+HEALTH_SECONDS, UNWELL_ROUNDS = 10.0, 3
 TRAINING_RETRY_AFTER = 30
 
 
@@ -75,7 +76,7 @@ class Server:
         self.vllm: VllmProcess | None = None
         self.lock: CardLock | None = None
         self.reconciler: Reconciler | None = None
-        self.failures, self.not_before = 0, 0.0
+        self.failures, self.unwell, self.not_before = 0, 0, 0.0
         self.status = ServerStatus(
             pid=os.getpid(),
             state="starting",
@@ -105,12 +106,14 @@ class Server:
             if rounds.done():
                 rounds.result()
         finally:
+            for task in (rounds, stopping):
+                task.cancel()
+            await asyncio.gather(rounds, stopping, return_exceptions=True)
             self._say("stopping")
             gateway.should_exit = True  # takes no new connections, and waits for the answers under way
             await asyncio.gather(answering, return_exceptions=True)
-            for task in (rounds, stopping, beating):
-                task.cancel()
-            await asyncio.gather(rounds, stopping, beating, return_exceptions=True)
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
             await self._stop_engine()
 
     async def _rounds(self) -> None:
@@ -121,9 +124,16 @@ class Server:
             except Trouble as error:
                 if self.vllm is None:
                     self._back_off(error)
-                else:  # asked again in the next round
-                    self._say(self.status.state, error.what)
+                else:
+                    await self._look_after(self.vllm, error)
             await asyncio.sleep(POLL_SECONDS)
+
+    async def _look_after(self, vllm: VllmProcess, error: Trouble) -> None:
+        """A round that failed is repeated; an engine that lives but no longer answers is given up."""
+        self._say(self.status.state, error.what)
+        self.unwell = 0 if await vllm.engine.healthy(HEALTH_SECONDS) else self.unwell + 1
+        if self.unwell >= UNWELL_ROUNDS:
+            await self._lose_engine()
 
     async def _round(self) -> None:
         rank = engine_rank(await asyncio.to_thread(rank_needed, self.store, self.config.base))
@@ -142,7 +152,7 @@ class Server:
     async def _reconcile(self) -> None:
         assert self.reconciler is not None
         await self.reconciler.step()
-        self.failures = 0
+        self.failures = self.unwell = 0
         self._say("serving")
 
     async def _start_engine(self, max_rank: int) -> None:
