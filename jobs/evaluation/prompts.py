@@ -30,7 +30,7 @@ def spell_out(messages: Messages, task: Evaluate, labels: Sequence[str]) -> Mess
 def _instruction(task: Evaluate, labels: Sequence[str]) -> str:
     if task.task == "label":
         # One to a line, without dashes: of six wordings the one with which the bare SmolLM2-135M scored best
-        # (macro-F1 0.095; with dashes, which it copies, 0.067; in one line with commas 0.047). A label may have a comma.
+        # (macro-F1 0.095; with dashes, which it copies, 0.067; with commas 0.047). And a label may have a comma in it.
         return "\n".join(["Answer with exactly one of these labels, and nothing else:", *labels])
     if task.task == "json":
         schema = json.dumps(task.json_schema, ensure_ascii=False)
