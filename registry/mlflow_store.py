@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from registry.project import Project
 from registry.recipe import Recipe, expand
 
 RUN_TAG = "ft.run"
+BEGUN_TAG = "ft.begun"
 METRICS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory")
 _process_wide = threading.Lock()
 # The packages whose versions decide what an adapter becomes.
@@ -62,14 +64,14 @@ class Tracker:
         with self._client("cannot begin the run") as client:
             experiment = self._experiment(client, facts.recipe.tracking.experiment or facts.recipe.model)
             found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{facts.run_id}'", max_results=1)
-            if found:
-                return Tracked(experiment, found[0].info.run_id)
-            made = client.create_run(experiment, run_name=facts.run_id, tags=_run_tags(facts))
-            tracked = Tracked(experiment, made.info.run_id)
-            _log_params(client, tracked, facts)
-            _log_dataset(client, tracked, facts)
-            client.log_dict(tracked.run_id, facts.recipe.model_dump(mode="json"), "recipe.json")
-            client.log_dict(tracked.run_id, environment(), "environment.json")
+            run = found[0] if found else client.create_run(experiment, run_name=facts.run_id, tags=_run_tags(facts))
+            tracked = Tracked(experiment, run.info.run_id)
+            if BEGUN_TAG not in run.data.tags:  # new, or its beginning was cut off: each part of it replaces itself
+                _log_params(client, tracked, facts)
+                _log_dataset(client, tracked, facts)
+                client.log_dict(tracked.run_id, facts.recipe.model_dump(mode="json"), "recipe.json")
+                client.log_dict(tracked.run_id, environment(), "environment.json")
+                client.set_tag(tracked.run_id, BEGUN_TAG, "true")
             return tracked
 
     def send_progress(self, tracked: Tracked, job: JobFolder) -> int:
@@ -170,8 +172,8 @@ class Tracker:
             yield MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             raise TrackerError(
-                f"MLflow: {what}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else error!r}",
-                place=self.uri.split("@")[-1],
+                f"MLflow: {what}: {_first_line(error)}",
+                place=_without_password(self.uri),
                 fix="start it again (or check MLFLOW_TRACKING_URI); nothing of the run is lost, `ft resume` goes on",
             ) from error
 
@@ -251,6 +253,15 @@ def _log_dataset(client: Any, tracked: Tracked, facts: RunFacts) -> None:
     dataset = Dataset(path, digest[:36], "dvc", source, profile=json.dumps({"rows": facts.dataset["rows"]}))
     tags = [InputTag("mlflow.data.context", "training"), InputTag("dvc.md5", digest)]
     client.log_inputs(tracked.run_id, [DatasetInput(dataset, tags)])
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip() or repr(error)
+    return _without_password(said.splitlines()[0])[:300]
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _ensure_model(client: Any, model: str) -> None:
