@@ -20,6 +20,8 @@ from serving.control import server_status
 
 SWAP_SECONDS = 60.0
 LOOK_SECONDS = 0.05
+# A training may have the card for hours; nobody waits for that at a prompt.
+WITHOUT_CARD = ("waiting for the card", "giving the card to training", "card given to training", "stopping")
 
 
 def person() -> str:
@@ -39,23 +41,28 @@ def tell_move(project: Project, store: Store, moved: Promotion, *, as_json: bool
         before = "nothing" if moved.from_version is None else f"version {moved.from_version}"
         say(f"champion of {moved.model}: {before} -> version {moved.version}")
     try:
-        swapped = _wait_for_swap(store, moved)
+        swapped, note = _wait_for_swap(store, moved)
         if as_json:
-            print_json({**asdict(moved), "served_after": swapped})
+            print_json({**asdict(moved), "served_after": swapped, "note": note})
         else:
-            say("no server is up; `ft serve up` starts one" if swapped is None else f"served after {swapped:.2f} s")
+            say(note)
     finally:
         _tell_mlflow(project, store, moved)  # last: importing mlflow takes longer than the swap
 
 
-def _wait_for_swap(store: Store, moved: Promotion) -> float | None:
-    """Seconds until the server said that it serves the version; None where no server is up."""
+def _wait_for_swap(store: Store, moved: Promotion) -> tuple[float | None, str]:
+    """Seconds until the server said that it serves the version (None where none can now), and words for people."""
     subject, deadline = f"{moved.model}@{moved.version}", moved.created + SWAP_SECONDS
-    while server_status(store) is not None:
+    base = get_version(store, moved.model, moved.version).body["base"]
+    while status := server_status(store):
+        if status.base["digest"] != base["digest"]:
+            return None, f"the server that is up is for {status.base['source']}, and {subject} is on {base['source']}"
+        if status.state in WITHOUT_CARD:
+            return None, f"the server is at '{status.state}'; it serves {subject} as soon as it is back"
         said = [each for each in events.read(store, subject=subject) if each.time >= moved.created]
         for event in said:
             if event.type == "adapter.served":
-                return event.time - moved.created
+                return event.time - moved.created, f"served after {event.time - moved.created:.2f} s"
             if event.type == "adapter.refused":
                 raise EngineError(f"the server refused {subject}: {event.data.get('reason', event.data)}",
                                   fix=f"`ft rollback {moved.model}`; `ft serve status` has the numbers")  # fmt: skip
@@ -63,7 +70,7 @@ def _wait_for_swap(store: Store, moved: Promotion) -> float | None:
             raise EngineError(f"{subject} is the champion, but is not served after {SWAP_SECONDS:.0f} s",
                               fix="`ft serve status` says what the server does")  # fmt: skip
         time.sleep(LOOK_SECONDS)
-    return None
+    return None, "no server is up; `ft serve up` starts one"
 
 
 def _tell_mlflow(project: Project, store: Store, moved: Promotion) -> None:

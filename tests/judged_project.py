@@ -18,7 +18,7 @@ from registry.project import Project
 from registry.recipe import Finetune, Serve
 from registry.store import Store, open_store
 from serving.server_keys import write_keys
-from serving.server_record import ServerStatus, only_server, write_status
+from serving.server_record import ServerStatus, State, only_server, write_status
 from tests.dvc_projects import make_project
 from tests.fakes.adapter_folder import lora_arrays, make_adapter
 from tests.fakes.answering_engine import KEY
@@ -60,13 +60,13 @@ class Judged:
         return self.project.root / self.pinned.path
 
     @contextmanager
-    def server(self, engine_url: str) -> Iterator[None]:
+    def server(self, engine_url: str, state: State = "serving") -> Iterator[None]:
         """This project's server as other processes see it: its lock, its row, its keys."""
         card = list_cards()[0].name
         with only_server(self.project, self.store):
             write_keys(self.project, {"engine_url": engine_url, "engine_key": KEY})
             write_status(self.store, ServerStatus(
-                pid=1, state="serving", reason="", base=BASE.as_dict(), serve=Serve().model_dump(), card=card,
+                pid=1, state=state, reason="", base=BASE.as_dict(), serve=Serve().model_dump(), card=card,
                 max_rank=512, gateway_url="http://127.0.0.1:1", engine_url=engine_url,
             ))  # fmt: skip
             yield

@@ -209,6 +209,10 @@ def test_promote_and_rollback_say_what_moved_and_how_long_the_swap_took(here: Ju
     assert "served after " in done.out
     assert adapters.get_version(here.store, "m", 2).rolled_back
     assert adapters.promotions(here.store, "m")[-1].reason == "rude"
+    with here.server("http://127.0.0.1:9", state="card given to training"):
+        done = ft(here, "promote", "m@3", "--force")
+    assert done.code == 0
+    assert "as soon as it is back" in done.out
     # A person may bring back what was rolled back.
     assert ft(here, "promote", "m@2").code == 0
 
