@@ -68,36 +68,30 @@ def _start(project: Project, lock: int) -> None:
 
 
 def worker_is_on(project: Project) -> bool:
-    _started[:] = [worker for worker in _started if worker.poll() is None]
-    fd = _open(project, "worker.lock")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)
+    with _alone(project):
+        fd = _open(project, "worker.lock")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            return False
+        finally:
+            os.close(fd)
 
 
 def take_worker_lock(project: Project) -> int | None:
     """The lock's descriptor, kept open for the life of the worker; None if there is a worker already."""
-    if given := os.environ.pop(LOCK_VARIABLE, ""):
-        os.set_inheritable(int(given), False)
-        return int(given)
-    fd = _open(project, "worker.lock")
-    for _ in range(50):  # somebody who only looks holds it shared for a moment
+    with _alone(project):
+        fd = _open(project, "worker.lock")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if _is_held_for_long(fd):
-                break
-            continue
+            os.close(fd)
+            return None
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
         return fd
-    os.close(fd)
-    return None
 
 
 def close_gate(project: Project) -> int | None:
@@ -116,13 +110,15 @@ def worker_log_tail(project: Project, lines: int = 15) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.exists() else ""
 
 
-def _is_held_for_long(fd: int) -> bool:
+@contextmanager
+def _alone(project: Project) -> Iterator[None]:
+    """To look is to try the lock as well, so a second lock keeps who looks from being taken for a worker."""
+    fd = _open(project, "worker.guard")
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    return False
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _open(project: Project, name: str) -> int:
