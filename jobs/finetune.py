@@ -23,6 +23,7 @@ from jobs.targets.local_card import LocalCard
 from jobs.targets.target import Poll
 from registry import adapters, runs
 from registry.admission import admit
+from registry.alias_mirror import mirror_aliases
 from registry.base_models import BaseModel, refuse_use
 from registry.cards import Card, marker, pick_card
 from registry.dataset_versions import materialise, pin
@@ -32,7 +33,6 @@ from registry.gates import judge as judge_scores
 from registry.job_folder import JobFolder
 from registry.mlflow_store import RunFacts, Tracked, git_commit, tracker_for
 from registry.project import Project
-from registry.recipe import Finetune
 from registry.scores import Scored
 from registry.settings import Settings
 from registry.store import Store
@@ -237,19 +237,11 @@ async def conclude(bench: Bench, run_id: str, verdict: State) -> State:
     scores = bench.run(run_id).result["scores"]
     await asyncio.to_thread(tracker.log_scores, tracked, scores)
     await asyncio.to_thread(tracker.tag_verdict, judged.model, judged.version, judged.outcome, judged.body)
-    await asyncio.to_thread(project_aliases, bench, recipe)
+    await asyncio.to_thread(mirror_aliases, bench.store, tracker, recipe.model)
     await asyncio.to_thread(tracker.end, tracked, "FINISHED")
     outcome: runs.State = "succeeded" if verdict["outcome"] == "pass" else "refused"
     runs.finish(bench.store, run_id, outcome)
     return {"outcome": outcome}
-
-
-def project_aliases(bench: Bench, recipe: Finetune) -> None:
-    """Tell MLflow of the aliases that moved since it was told last."""
-    for model, alias, version in adapters.unprojected_aliases(bench.store):
-        if model == recipe.model:
-            tracker_for(bench.project, recipe).set_alias(model, alias, version)
-            adapters.mark_projected(bench.store, model, alias, version)
 
 
 def let_go(run_id: str) -> bool:

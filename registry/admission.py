@@ -225,9 +225,7 @@ def _read_header(path: Path) -> tuple[int, list[Tensor]]:
         header.pop("__metadata__", None)
         return 8 + length, [_tensor(name, entry) for name, entry in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise AdmissionError(
-            f"adapter refused: {path.name}: not safetensors ({error})", place=str(path)
-        ) from error
+        raise AdmissionError(f"adapter refused: {path.name}: not safetensors ({error})", place=str(path)) from error
 
 
 def _tensor(name: str, entry: dict[str, Any]) -> Tensor:

@@ -23,6 +23,12 @@ from registry.errors import RecipeError
 MAX_BYTES = 1_000_000
 NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+# The metrics of each task, the one that a gate looks at first.
+METRICS = {
+    "label": ("exact_match", "macro_f1"),
+    "json": ("field_accuracy", "json_valid"),
+    "text": ("token_f1",),
+}
 # vLLM accepts only these as --max-lora-rank (vllm/config/lora.py, 0.32).
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
 
@@ -160,6 +166,15 @@ class Finetune(Part):
     serve: Serve = Serve()
     card: Text = Field("auto", description="auto, cpu, or a card as `ft doctor` names it", examples=["auto", "cuda:0"])
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _metric_is_of_the_task(self) -> Finetune:
+        metrics = METRICS[self.evaluate.task]
+        if self.gate.metric not in (None, *metrics):
+            raise ValueError(
+                f"gate.metric {self.gate.metric} is not one of task {self.evaluate.task}: {', '.join(metrics)}"
+            )
+        return self
 
 
 Recipe = Finetune

@@ -14,14 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from registry.errors import RecipeError
+from registry.recipe import METRICS
 from registry.store import Store, dump
-
-# The metrics of each task, the one that a gate looks at first.
-METRICS = {
-    "label": ("exact_match", "macro_f1"),
-    "json": ("field_accuracy", "json_valid"),
-    "text": ("token_f1",),
-}
 
 
 @dataclass(frozen=True)
