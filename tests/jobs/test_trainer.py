@@ -45,7 +45,7 @@ class Job:
         return [sys.executable, "-m", "jobs.trainer", str(self.folder.path)]
 
     def run(self) -> int:
-        done = run_bounded(self.command, 240, env=self.env)
+        done = run_bounded(self.command, 500, env=self.env)
         print(done.stdout, done.stderr)
         return done.returncode
 
