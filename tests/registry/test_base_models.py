@@ -80,7 +80,7 @@ def test_directories_are_found_from_the_project(root: Path, monkeypatch: pytest.
         ("org/na me", "'org/na me' is no base model"),
         ("-org/name", "'-org/name' is no base model"),
         ("pypi:", "'pypi:' names no wheel"),
-        ("pypi:--index-url=x", "'pypi:--index-url=x' names no wheel"),
+        ("pypi:--flag=x", "'pypi:--flag=x' names no wheel"),
         ("pypi:a b", "'pypi:a b' names no wheel"),
         ("pypi:name>=1", "'pypi:name>=1' names no wheel"),
         ("./models/empty", "no base model here (no config.json)"),
