@@ -82,7 +82,8 @@ def made_adapters(base_model: BaseModel, persons_cache: Path, tmp_path_factory: 
     out = tmp_path_factory.mktemp("made")
     base = persons_cache / "models" / base_model.folder
     script: list[str | Path] = [sys.executable, ROOT / "tests/serving/make_adapters.py", base, base_model.digest, out]
-    done = run_bounded(script, timeout=400)
+    # Threads that spin while they wait take minutes beside another busy program.
+    done = run_bounded(script, timeout=400, env={"OMP_WAIT_POLICY": "PASSIVE"})
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 

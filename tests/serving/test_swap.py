@@ -225,7 +225,7 @@ def test_a_killed_engine_comes_back_with_its_adapters(served: Served) -> None:
     refused = ask_once(served)
     assert (refused.status, refused.retry_after) == (503, "5")
     wait_until(lambda: not _members(group), 20, "nothing of the killed engine is left")
-    wait_until(lambda: served.status.state == "serving" and bool(served.status.routes), 180, "restored")
+    wait_until(lambda: served.status.state == "serving" and bool(served.status.routes), 400, "restored")
     assert served.status.engine_starts == starts + 1
     answer = ask_once(served)
     assert (answer.status, answer.adapter, answer.word) == (200, before, "alpha")
@@ -248,7 +248,7 @@ def test_the_card_is_given_to_training_and_taken_back_for_an_evaluation(served: 
                 return (await engine.chat(BASE, QUESTION, max_tokens=4)).text
 
         assert asyncio.run(evaluate())
-    wait_until(lambda: served.status.state == "serving", 120, "serving again")
+    wait_until(lambda: served.status.state == "serving", 400, "serving again")
     assert ask_once(served).word == "alpha"
 
 
