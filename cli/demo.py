@@ -135,7 +135,7 @@ async def _watch_swap(story: Story, run_id: str) -> Traffic:
     say(f"\n# {AT_ONCE} callers at once, {STREAMS} of them with long streams, while version 2 is judged and swapped in")
     questions = _questions(story.project)
     started = time.monotonic()
-    async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(total=120)) as session:
+    async with aiohttp.ClientSession(address, timeout=aiohttp.ClientTimeout(total=300)) as session:
         callers = [_caller(session, questions, number, traffic, stop) for number in range(AT_ONCE)]
         await asyncio.gather(_until_swapped(traffic, stop, run_id, story.project), *callers)
     await watching
