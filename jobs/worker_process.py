@@ -82,6 +82,9 @@ def worker_is_on(project: Project) -> bool:
 
 def take_worker_lock(project: Project) -> int | None:
     """The lock's descriptor, kept open for the life of the worker; None if there is a worker already."""
+    if given := os.environ.pop(LOCK_VARIABLE, ""):  # the worker was born with it
+        os.set_inheritable(int(given), False)
+        return int(given)
     with _alone(project):
         fd = _open(project, "worker.lock")
         try:
