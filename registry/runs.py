@@ -124,6 +124,8 @@ def clear_wish(store: Store, run_id: str, wish: str) -> None:
 
 def set_stage(store: Store, run_id: str, stage: str) -> None:
     """The run is on and at `stage`; a run that has ended stays ended."""
+    if store.first("SELECT 1 AS same FROM runs WHERE id = ? AND stage = ? AND state = 'running'", (run_id, stage)):
+        return  # said again several times a second: a write each time would wake everybody who waits for changes
     with store.writing() as connection:
         connection.execute(
             "UPDATE runs SET state = 'running', stage = ?, started = coalesce(started, ?) "
