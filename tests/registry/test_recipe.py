@@ -154,6 +154,12 @@ def test_the_digest_is_of_the_meaning(tmp_path: Path) -> None:
     assert digest(load_recipe(written(tmp_path, GOOD + "name: other\nmodel: support\n"))) != first
 
 
+def test_the_order_of_a_json_schemas_keys_means_nothing(tmp_path: Path) -> None:
+    schemas = ("{type: object, properties: {a: {}, b: {}}}", "{properties: {b: {}, a: {}}, type: object}")
+    texts = [GOOD.replace("task: label", f"task: json\n  json_schema: {schema}") for schema in schemas]
+    assert len({digest(load_recipe(written(tmp_path, text))) for text in texts}) == 1
+
+
 def test_shipped_recipes_load_and_are_valid_by_the_schema() -> None:
     assert SHIPPED
     schema = recipe_schema()

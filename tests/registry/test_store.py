@@ -8,6 +8,7 @@ import sqlite3
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +61,24 @@ def count(store: Store) -> int:
 
 def test_processes_that_open_a_new_store_at_once_all_get_it(project: Project) -> None:
     assert all_at_once(6, PREPARE, OPEN, project.root) == [str(len(MIGRATIONS))] * 6
+
+
+def test_who_waited_for_another_to_migrate_does_not_do_it_again(project: Project) -> None:
+    project.home.mkdir()
+    first = sqlite3.connect(project.database, isolation_level=None)
+    first.execute("PRAGMA journal_mode=WAL")
+    first.execute("BEGIN IMMEDIATE")
+    opened: list[Store] = []
+    second = threading.Thread(target=lambda: opened.append(open_store(project)))
+    second.start()  # sees an empty database, and waits for the lock
+    time.sleep(0.3)
+    for statement in filter(str.strip, "".join(MIGRATIONS).split(";")):
+        first.execute(statement)
+    first.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+    first.execute("COMMIT")
+    first.close()
+    second.join(30)
+    assert count(opened[0]) == 0
 
 
 def test_a_block_that_raises_changes_nothing(store: Store) -> None:
