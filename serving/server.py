@@ -45,10 +45,10 @@ TRAINING_RETRY_AFTER = 30
 
 def run_server(project: Project, store: Store, settings: Settings, config: EngineConfig) -> None:
     """Serve until SIGTERM or SIGINT. Raises Trouble for a port in use, Conflict beside another server."""
-    with only_server(project, store):
+    with only_server(project, store) as still:
         listening = listen(settings)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(Server(project, store, settings, config).run(listening))
+            runner.run(Server(project, store, settings, config).run(listening, still))
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -91,15 +91,18 @@ class Server:
         self._beat, self._stop = asyncio.Event(), asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
-    async def run(self, listening: socket.socket) -> None:
-        """Gateway, heartbeat and rounds, until asked to stop; then drain, and stop the engine last."""
+    async def run(self, listening: socket.socket, still: Callable[[], bool]) -> None:
+        """Gateway, heartbeat and rounds, until asked to stop (or not `still` the project's server).
+
+        Then drain, and stop the engine last.
+        """
         self._listen_for_signals()
         self.status = replace(self.status, gateway_url=_url(listening))
         self._write_keys()
         await self._flip_away(Away("the engine is starting"))
         gateway = self._gateway()
         answering = asyncio.create_task(gateway.serve(sockets=[listening]))
-        beating, rounds = asyncio.create_task(self._heartbeats()), asyncio.create_task(self._rounds())
+        beating, rounds = asyncio.create_task(self._heartbeats(still)), asyncio.create_task(self._rounds())
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({answering, rounds, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -264,8 +267,12 @@ class Server:
             self.status = replace(self.status, state=state, reason=reason)
             self._beat.set()
 
-    async def _heartbeats(self) -> None:
+    async def _heartbeats(self, still: Callable[[], bool]) -> None:
         while True:
+            if not still():
+                print("the project's state was removed; this server ends", flush=True)
+                self._stop.set()
+                return
             self._beat.clear()
             with contextlib.suppress(StoreError):  # a full disk is no reason to stop answering
                 await asyncio.to_thread(write_status, self.store, self._now())

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,8 +96,11 @@ def write_status(store: Store, status: ServerStatus) -> None:
 
 
 @contextmanager
-def only_server(project: Project, store: Store) -> Iterator[None]:
-    """Be this project's server while the block runs. Raises Conflict if another process is."""
+def only_server(project: Project, store: Store) -> Iterator[Callable[[], bool]]:
+    """Be this project's server while the block runs. Raises Conflict if another process is.
+
+    Gives a function that says whether this still is so: after `rm -rf .ft` another server may have begun there.
+    """
     fd = os.open(_lock_path(store), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,10 +108,18 @@ def only_server(project: Project, store: Store) -> Iterator[None]:
         os.close(fd)
         raise Conflict("a server of this project runs already", place=str(project.home),
                        fix="`ft serve status` shows it, `ft serve down` stops it") from None  # fmt: skip
+
+    def still() -> bool:
+        try:
+            return os.path.samestat(os.stat(_lock_path(store)), os.fstat(fd))
+        except OSError:
+            return False
+
     try:
-        yield
+        yield still
     finally:
-        forget_keys(project)
+        if still():
+            forget_keys(project)
         os.close(fd)
 
 

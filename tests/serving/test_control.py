@@ -73,10 +73,22 @@ def test_a_server_is_known_by_its_lock_and_its_heartbeat(store: Store) -> None:
 def test_one_server_per_project(project: Project, store: Store) -> None:
     with another_server(store), pytest.raises(Conflict, match="runs already"), only_server(project, store):
         pass
-    with only_server(project, store):
+    with only_server(project, store) as still:
         assert not is_gone(store)
+        assert still()
         write_keys(project, {"internal_key": "k"})
     assert read_keys(project) == {}
+
+
+def test_a_server_whose_lock_was_removed_is_the_projects_server_no_more(project: Project, store: Store) -> None:
+    lock = store.path.with_name("server.lock")
+    with only_server(project, store) as still:
+        lock.unlink()
+        assert not still()
+        lock.touch()
+        assert not still()
+        write_keys(project, {"internal_key": "of the next server"})
+    assert read_keys(project)
 
 
 def test_keys_are_readable_by_their_owner_only(project: Project, store: Store) -> None:
