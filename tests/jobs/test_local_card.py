@@ -68,17 +68,14 @@ def test_a_card_that_another_holds_is_waited_for(own: Project, card: LocalCard, 
 def test_a_trainer_is_launched_once_killed_lost_launched_again_and_fetched(
     own: Project, card: LocalCard, tiny_base: TinyBase, tmp_path: Path
 ) -> None:
-    job = make_job(own.job_folder("tiny-1"), tiny_base.model, own.cache, max_steps=40, checkpoint_steps=5)
+    job = make_job(own.job_folder("tiny-1"), tiny_base.model, own.cache, max_steps=4)
     folder, target = job.folder.path, tmp_path / "adapters" / "1"
     target.parent.mkdir()
     card.launch(folder)
     card.launch(folder)
     assert card.poll(folder).state == "running"
     assert holder(own, CPU) == f"trainer of {folder}"
-    pid = pid_of(job)
-    until(lambda: len(job.folder.complete_checkpoints()) > 0)
-    card.launch(folder)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid_of(job), signal.SIGKILL)
     until(lambda: card.poll(folder).state != "running")
     assert card.poll(folder).state == "lost"
     assert holder(own, CPU) == ""
@@ -87,9 +84,10 @@ def test_a_trainer_is_launched_once_killed_lost_launched_again_and_fetched(
     until(lambda: card.poll(folder).state == "done")
     last = card.poll(folder)
     assert last.result is not None
-    assert (last.result["status"], last.result["steps"]) == ("ok", 40)
-    assert job.begins()[1] >= 5
+    assert (last.result["status"], last.result["steps"]) == ("ok", 4)
     lease = job.folder.lease()
+    assert lease is not None
+    assert lease.lease.epoch == 2
     card.launch(folder)  # done: nothing is started
     assert card.poll(folder).state == "done"
     assert job.folder.lease() == lease

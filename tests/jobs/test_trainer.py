@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import pytest
 
 from jobs.trainer import FAILED, OK, STOPPED, TAKEN, run_job
 from registry.base_models import BaseModel
-from registry.job_folder import JobFolder
+from registry.job_folder import Held, JobFolder
 from registry.manifest import broken_files, read_manifest, write_manifest
 from registry.recipe import Finetune
 from tests.conftest import SMOL, TinyBase, run_bounded, started
@@ -124,6 +126,26 @@ def until(process: subprocess.Popen[str], condition: Callable[[], bool], seconds
         time.sleep(0.02)
 
 
+@contextmanager
+def meanwhile(condition: Callable[[], bool], act: Callable[[], object]) -> Iterator[None]:
+    """While the block runs the trainer in this process (which saves the start of torch), `act` once on `condition`."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not condition():
+            if over.wait(0.02):
+                return
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def result_of(job: Job) -> dict[str, Any]:
     result = job.folder.result()
     assert result is not None
@@ -212,12 +234,17 @@ def test_sigterm_saves_and_stops_and_the_next_trainer_goes_on_from_there(make: C
     assert 3 <= stopped["steps"] < 100
     assert not job.folder.adapter.exists()
     assert [each.name for each in job.folder.complete_checkpoints()] == [f"0001-{stopped['steps']}"]
-    with started(job.command, env=job.env) as trainer:
-        until(trainer, lambda: max(job.steps()) > stopped["steps"] + 1)
-        assert job.begins() == [0, stopped["steps"]]
+    steps: list[int] = []
+
+    def stop() -> None:
         assert job.folder.result() is None  # the stopped one counts no more
         job.folder.ask_to_stop("the run was cancelled")
-        assert trainer.wait(60) == STOPPED
+        steps.extend(job.steps())
+
+    with meanwhile(lambda: max(job.steps()) > stopped["steps"] + 1, stop):
+        assert run_job(job.folder) == STOPPED
+    assert steps
+    assert job.begins() == [0, stopped["steps"]]
     assert result_of(job)["message"] == "the run was cancelled"
     assert result_of(job)["steps"] > stopped["steps"]
 
@@ -234,7 +261,7 @@ def test_kill_9_and_the_next_trainer_goes_on_from_the_last_whole_checkpoint(make
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])  # as if killed while it was written
     whole = int(job.folder.complete_checkpoints()[0].name.split("-")[1])
-    assert job.run() == OK
+    assert run_job(job.folder) == OK
     assert job.begins() == [0, whole]
     held = job.folder.lease()
     assert held is not None
@@ -246,11 +273,14 @@ def test_kill_9_and_the_next_trainer_goes_on_from_the_last_whole_checkpoint(make
 
 def test_a_trainer_that_was_taken_over_publishes_nothing(make: Callable[..., Job]) -> None:
     job = make(max_steps=4000, checkpoint_steps=1000)
-    with started(job.command, env=job.env) as trainer:
-        until(trainer, lambda: max(job.steps(), default=0) >= 1)
-        taken = job.folder.claim("another", job.folder.lease())
-        assert trainer.wait(60) == TAKEN
-    assert job.folder.lease() == taken
+    taken: list[Held] = []
+
+    def take() -> None:
+        taken.append(job.folder.claim("another", job.folder.lease()))
+
+    with meanwhile(lambda: max(job.steps(), default=0) >= 1, take):
+        assert run_job(job.folder) == TAKEN
+    assert job.folder.lease() == taken[0]
     assert job.folder.result() is None
     assert not (job.folder.path / "result.json").exists()
     assert not job.folder.adapter.exists()
@@ -304,10 +334,12 @@ def test_a_base_that_was_changed_is_not_trained_on(
 def test_a_full_disk_keeps_the_last_checkpoint(make: Callable[..., Job], small_disk: Path) -> None:
     job = make(small_disk / "job", max_steps=200, checkpoint_steps=2, lora={"rank": 64})
     filler = small_disk / "filler"
-    with started(job.command, env=job.env) as trainer:
-        until(trainer, lambda: len(job.folder.complete_checkpoints()) >= 1)
+
+    def fill() -> None:
         filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 20_000))
-        assert trainer.wait(120) == FAILED
+
+    with meanwhile(lambda: len(job.folder.complete_checkpoints()) >= 1, fill):
+        assert run_job(job.folder) == FAILED
     result = result_of(job)
     assert (result["status"], result["class"]) == ("failed", "disk_full")
     assert result["message"] == f"the disk is full: {job.folder.path}"
