@@ -30,7 +30,6 @@ TRAIN_FLOOR = 0.05
 HARDLY = "the adapter hardly differs from its base, so closeness to it proves nothing"
 
 Outcome = Literal["pass", "fail", "undecided"]
-ORDER: tuple[Outcome, ...] = ("fail", "pass", "undecided")
 
 
 class Part(BaseModel):
@@ -121,11 +120,12 @@ def judge_parity(fingerprint: Fingerprint, measured: Sequence[Measured]) -> Pari
     if train is None:
         empty = not numbers["tokens"]
         return Parity("undecided", HARDLY, numbers) if empty else Parity("fail", "tokens without a score", numbers)
-    said = [_against_train(train, numbers["train_base_distance"] or 0.0)]
+    # What was heard in bf16 decides where it was recorded. The distance to NF4 is then the quantization's, not the
+    # server's: a right adapter after four steps of training was 1.07 off, and refused for it.
     if bf16 is not None:
-        said.append(_against_bf16(bf16, numbers["bf16_base_distance"] or 0.0))
-    # A failure decides, then a pass: where one reference cannot tell, the other may.
-    outcome, reason = min(said, key=lambda each: ORDER.index(each[0]))
+        outcome, reason = _against_bf16(bf16, numbers["bf16_base_distance"] or 0.0)
+    else:
+        outcome, reason = _against_train(train, numbers["train_base_distance"] or 0.0)
     return Parity(outcome, reason, numbers)
 
 
