@@ -73,6 +73,13 @@ def test_an_adapter_like_its_base_is_undecided_also_in_bf16() -> None:
     assert judge_parity(print_of, served(-0.1)).outcome == "undecided"
 
 
+def test_bf16_decides_though_training_in_nf4_said_something_else() -> None:
+    print_of = fingerprint(train=-1.3, base=-5.0, bf16=-0.1, bf16_base=-5.0)
+    found = judge_parity(print_of, served(-0.12))
+    assert found.outcome == "pass"
+    assert found.numbers["train_distance"] == pytest.approx(1.18)
+
+
 def test_other_prompt_tokens_fail() -> None:
     found = judge_parity(fingerprint(train=-0.1, base=-5.0), [Measured([1, 2], [])])
     assert found.outcome == "fail"
