@@ -6,7 +6,9 @@ Every write is one `BEGIN IMMEDIATE` transaction, so a read-then-write inside it
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -125,12 +127,12 @@ class Changes:
 
 def open_store(project: Project) -> Store:
     """The project's store, made or brought up to date as needed."""
+    store = Store(project.database)
     try:
         project.home.mkdir(parents=True, exist_ok=True)
+        _migrate(store)
     except OSError as error:
-        raise StoreError(f"cannot make the state folder: {error}", place=str(project.home)) from error
-    store = Store(project.database)
-    _migrate(store)
+        raise StoreError(f"cannot make the state folder or write to it: {error}", place=str(project.home)) from error
     return store
 
 
@@ -144,7 +146,7 @@ def _migrate(store: Store) -> None:
             place=str(store.path),
             fix="upgrade ft",
         )
-    with store._connection() as connection:
+    with _one_at_a_time(store), store._connection() as connection:
         connection.execute("PRAGMA journal_mode=WAL")
     with store.writing() as connection:
         # Read again under the lock: another process may have migrated while this one waited for it.
@@ -153,6 +155,17 @@ def _migrate(store: Store) -> None:
             for statement in filter(str.strip, script.split(";")):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version={number}")
+
+
+@contextmanager
+def _one_at_a_time(store: Store) -> Iterator[None]:
+    """Two that turn a new file to WAL at once block each other, and SQLite refuses one of them without waiting."""
+    fd = os.open(store.path.with_name(f"{store.path.name}.new"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def dump(value: Any) -> str:
