@@ -124,7 +124,7 @@ def test_a_file_that_is_no_database(project: Project) -> None:
 
 def test_a_state_folder_that_cannot_be_made(project: Project) -> None:
     project.home.write_text("a file")
-    with pytest.raises(StoreError, match="cannot make the state folder"):
+    with pytest.raises(StoreError, match="cannot make the state folder or write to it"):
         open_store(project)
 
 
