@@ -9,6 +9,9 @@ import pytest
 from tests.flows.conftest import Person
 from tests.flows.kills import holds, sweep
 
+# MLflow uses what SQLAlchemy calls deprecated.
+pytestmark = pytest.mark.filterwarnings("default")
+
 KILLS = 10
 
 

@@ -13,6 +13,9 @@ from registry import adapters, runs
 from registry.events import read
 from tests.flows.conftest import Person
 
+# MLflow uses what SQLAlchemy calls deprecated.
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 @pytest.mark.engine
 @pytest.mark.training
