@@ -286,7 +286,8 @@ async def _ask_on_engine(
 
 async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, folder: Path) -> Poll:
     """Until the job is done: (re)start its trainer, show its stage, send its progress to MLflow."""
-    lost, tracking = 0, asyncio.create_task(_track(bench, run_id, plan, folder))
+    lost, reported, job = 0, 0, JobFolder(folder)
+    tracking = asyncio.create_task(_track(bench, run_id, plan, folder))
     try:
         while True:
             poll = await asyncio.to_thread(target.poll, folder)
@@ -295,7 +296,9 @@ async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, fold
             if poll.state == "running":
                 runs.set_stage(bench.store, run_id, "train")
             else:
-                lost += poll.state == "lost"
+                # Only trainers that died without having got any further count against the job.
+                further, reported = len(job.progress_files()) > reported, len(job.progress_files())
+                lost = 0 if further else lost + (poll.state == "lost")
                 if lost > LOST_TRAINERS:
                     raise JobError(f"the trainer died {lost} times", place=str(folder / "log.txt"),
                                    fix=f"read it with `ft logs {run_id}`, then `ft resume {run_id}`")  # fmt: skip
