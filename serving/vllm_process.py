@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import secrets
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from registry.admission import RANKS
 from registry.base_models import BaseModel, base_path, context_length
 from registry.cards import Card, CardLock
-from registry.errors import EngineError
+from registry.errors import EngineError, MissingPart
 from registry.project import Project
 from registry.recipe import Serve
 from registry.settings import Settings
@@ -29,6 +30,7 @@ from serving.vllm_env import ensure_vllm
 # No larger than the adapters need: on a CPU every token pays for the engine's largest rank, not for its adapter's
 # (8 answers at once on 2 cores: 15 tokens/s at rank 64, 86 at rank 8).
 LEAST_RANK = 8
+PORTS = range(20_000, 32_000)
 # Champion, previous, and one or two that are being judged, at once in a batch; more are kept in host memory.
 MAX_LORAS, MAX_CPU_LORAS = 4, 16
 INNER_WEIGHT = re.compile(r".*\.\d+\.(?:.*\.)?(\w+)\.weight")
@@ -163,9 +165,15 @@ def engine_rank(rank: int) -> int:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that nobody listens on, below the range that the system hands to outgoing connections.
+
+    vLLM binds it seconds later: a port that the system had picked was somebody's outgoing connection by then.
+    """
+    for port in random.sample(PORTS, k=100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise MissingPart("no free port on loopback", place=f"{PORTS[0]} to {PORTS[-1]}", fix="end what listens there")
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
