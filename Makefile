@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only docs constraints clean
+.PHONY: setup demo test check unit serve-only kills docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -43,6 +43,12 @@ $(VENV)-serve/.made: pyproject.toml constraints.txt $(VENV)/.made
 	$(PYTHON) -m venv $(VENV)-serve
 	$(UV) pip install --quiet --python $(VENV)-serve/bin/python -c constraints.txt -e '.[serve]' pytest pytest-timeout hypothesis
 	touch $@
+
+# One run, killed -9 ten times (worker or trainer, at random); prints the figures as JSON. SEED=n for another.
+kills: setup
+	rm -rf .ft/kills
+	$(BIN)/ft init .ft/kills
+	$(BIN)/python -m tests.flows.kills .ft/kills 10 $(or $(SEED),1)
 
 docs: setup ## What is generated: the recipes' schema, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

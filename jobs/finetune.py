@@ -222,6 +222,8 @@ async def wait_until_served(bench: Bench, run_id: str, moved: State) -> State:
         if status is None or status.base["digest"] != base:
             runs.note_result(bench.store, run_id, served=None)
             return {"served": False}
+        if "card" in status.state:  # another run trains on it: that may take hours, and the swap comes after
+            deadline = time.monotonic() + SERVED_SECONDS
         await bench.outside("engine" if status.state != "serving" else "swap", asyncio.sleep(WATCH_SECONDS))
     raise EngineError(f"{subject} was promoted, but is not served after {SERVED_SECONDS:.0f} s",
                       fix="look at `ft serve status`, then `ft resume` the run or `ft rollback`")  # fmt: skip

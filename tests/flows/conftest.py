@@ -47,6 +47,14 @@ class Person:
     def json(self, *arguments: str, exits: int | None = 0) -> Any:
         return json.loads(self.ft(*arguments, "--json", exits=exits))
 
+    def shorten(self) -> None:
+        """A few steps of training, a few questions, and a gate that lets everything through."""
+        self.change_recipe(
+            train={"max_steps": 4, "batch": 4, "checkpoint_steps": 1},
+            data={"max_test": 16},
+            gate={"min": 0.0, "beat_base_by": -1.0, "may_lose": 1.0},
+        )
+
     def change_recipe(self, **sections: dict[str, Any]) -> Path:
         """Merge keys into sections of the project's recipe."""
         path = self.project.root / "recipes" / "tickets.yaml"
@@ -69,11 +77,7 @@ def person(tmp_path: Path, base_model: object, persons_cache: Path) -> Iterator[
         [sys.executable, "-m", "cli.main", "init", str(root)], env=found.environment(), cwd=tmp_path, check=True,
         timeout=120, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    found.change_recipe(
-        train={"max_steps": 4, "batch": 4, "checkpoint_steps": 1},
-        data={"max_test": 16},
-        gate={"min": 0.0, "beat_base_by": -1.0, "may_lose": 1.0},
-    )
+    found.shorten()
     yield found
     found.ft("serve", "down", exits=None)
     _end_what_runs(cache)

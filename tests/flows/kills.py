@@ -119,6 +119,7 @@ def main() -> None:
     root = Path(sys.argv[1]).resolve()
     cache = Path(os.environ["FT_CACHE"]) if "FT_CACHE" in os.environ else Path.home() / ".cache" / "ft"
     person = Person(Project(root=root, home=root / ".ft", cache=cache))
+    person.shorten()
     figures = sweep(person, int(sys.argv[2] if len(sys.argv) > 2 else 10), int(sys.argv[3] if len(sys.argv) > 3 else 1))
     print(json.dumps(figures))
     sys.exit(0 if holds(figures) else 1)
