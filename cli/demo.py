@@ -169,7 +169,7 @@ async def _caller(
             "temperature": 0,
             "stream": stream,
         }
-        body |= {"max_tokens": 96, "ignore_eos": True} if stream else {"max_tokens": 8}
+        body |= {"max_tokens": 48, "ignore_eos": True} if stream else {"max_tokens": 8}
         version = await _ask(session, body, traffic)
         if stream and version == f"{MODEL}@1" and before == 0 < traffic.versions[f"{MODEL}@2"]:
             traffic.across += 1
