@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import aiohttp
 
 from cli.console import say, table
+from registry.events import read
 from registry.project import find_project
 from registry.runs import Run, get
 from registry.store import open_store
@@ -58,7 +59,13 @@ class Traffic:
     versions: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    across: int = 0
+    # When each stream of version 1 was open (Unix times), and when the route was flipped.
+    streams: list[tuple[float, float]] = field(default_factory=list)
+    flipped: float = 0.0
+
+    @property
+    def across(self) -> int:
+        return sum(began < self.flipped < ended for began, ended in self.streams)
 
     @property
     def total(self) -> int:
@@ -139,6 +146,8 @@ async def _watch_swap(story: Story, run_id: str) -> Traffic:
         callers = [_caller(session, questions, number, traffic, stop) for number in range(AT_ONCE)]
         await asyncio.gather(_until_swapped(traffic, stop, run_id, story.project), *callers)
     await watching
+    served = read(open_store(find_project(story.project)), type_="adapter.served", subject=f"{MODEL}@2")
+    traffic.flipped = served[0].time if served else 0.0
     story.note("requests around the swap", time.monotonic() - started, _figures(traffic))
     return traffic
 
@@ -161,7 +170,7 @@ async def _caller(
 ) -> None:
     turn = number
     while not stop.is_set():
-        before = traffic.versions[f"{MODEL}@2"]
+        started = time.time()
         stream = number < STREAMS
         body = {
             "model": MODEL,
@@ -171,8 +180,8 @@ async def _caller(
         }
         body |= {"max_tokens": 48, "ignore_eos": True} if stream else {"max_tokens": 8}
         version = await _ask(session, body, traffic)
-        if stream and version == f"{MODEL}@1" and before == 0 < traffic.versions[f"{MODEL}@2"]:
-            traffic.across += 1
+        if stream and version == f"{MODEL}@1":
+            traffic.streams.append((started, time.time()))
         turn += AT_ONCE
 
 

@@ -80,8 +80,9 @@ def _adapted_model(task: Task) -> Any:
     train, lora = task.recipe.train, task.recipe.train.lora
     torch.manual_seed(train.seed)
     base = _load_base(task, quantize=train.quantize)
-    if train.quantize == "nf4":
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=_on_gpu())
+    # It casts what is not quantized to float32, which makes a step on a CPU a third longer.
+    if train.quantize == "nf4" and _on_gpu():
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -96,7 +97,8 @@ def _load_base(task: Task, *, quantize: str) -> Any:
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        # Saves 0.4 bits a weight; on a CPU unpacking it twice makes a step a quarter longer.
+        bnb_4bit_use_double_quant=_on_gpu(),
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return AutoModelForCausalLM.from_pretrained(

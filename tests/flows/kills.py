@@ -98,9 +98,12 @@ def _figures(person: Person, run_id: str, done: Sweep) -> dict[str, Any]:
     store, run = person.store, runs.get(person.store, run_id)
     client = MlflowClient(f"sqlite:///{person.project.home}/mlflow.db")
     steps = runs.steps(store, run_id)
-    finished = {step.name: step.attempt for step in steps if step.finished and "error" not in step.note}
-    repeated = [step.name for step in steps if step.name in finished and step.attempt > finished[step.name]]
-    twice = [name for name in finished if sum(s.name == name and bool(s.finished) for s in steps) > 1]
+    # Completed: ended without an error. No attempt may come after that.
+    completed: dict[str, int] = {}
+    for step in steps:
+        if step.finished and "error" not in step.note:
+            completed.setdefault(step.name, step.attempt)
+    repeated = [step.name for step in steps if step.attempt > completed.get(step.name, step.attempt)]
     return {
         "state": run.state,
         "kills": len(done.kills),
@@ -110,7 +113,7 @@ def _figures(person: Person, run_id: str, done: Sweep) -> dict[str, Any]:
         "versions": len(adapters.versions(store)),
         "mlflow_versions": len(client.search_model_versions("")),
         "moves": len(adapters.promotions(store)),
-        "repeated": sorted({*repeated, *twice}),
+        "repeated": sorted(set(repeated)),
         "error": run.error,
     }
 
