@@ -1,4 +1,4 @@
-"""What is said after `champion` moved: from which version to which, and how long the swap took."""
+"""What is said after `champion` moved: from which version to which, how long the swap took; and MLflow is told."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from dataclasses import asdict
 from cli.console import print_json, say
 from registry import events
 from registry.adapters import Promotion, get_version
-from registry.alias_mirror import mirror_aliases
 from registry.errors import EngineError, TrackerError
-from registry.mlflow_store import tracker_for
+from registry.mlflow_mirror import mirror_apart
 from registry.project import Project
-from registry.recipe import Finetune
 from registry.store import Store
 from serving.control import server_status
 
@@ -47,7 +45,7 @@ def tell_move(project: Project, store: Store, moved: Promotion, *, as_json: bool
         else:
             say(note)
     finally:
-        _tell_mlflow(project, store, moved)  # last: importing mlflow takes longer than the swap
+        tell_mlflow(project, moved.model)  # last: importing mlflow takes longer than the swap
 
 
 def _wait_for_swap(store: Store, moved: Promotion) -> tuple[float | None, str]:
@@ -73,9 +71,9 @@ def _wait_for_swap(store: Store, moved: Promotion) -> tuple[float | None, str]:
     return None, "no server is up; `ft serve up` starts one"
 
 
-def _tell_mlflow(project: Project, store: Store, moved: Promotion) -> None:
-    recipe = Finetune.model_validate(get_version(store, moved.model, moved.version).body["recipe"])
+def tell_mlflow(project: Project, model: str) -> None:
+    """Let MLflow show what moved or was judged; if it cannot now, say so and leave it for later."""
     try:
-        mirror_aliases(store, tracker_for(project, recipe), moved.model)
+        mirror_apart(project, model)
     except TrackerError as error:
-        print(f"MLflow was not told; the next run tells it: {error}", file=sys.stderr)
+        print(f"MLflow was not told yet; the next run, gate or promotion tells it: {error}", file=sys.stderr)

@@ -141,9 +141,16 @@ def _models(project: Project) -> Iterator[Finding]:
 
 
 def _vllm(project: Project) -> Finding:
-    found = sorted(each.parent.name for each in project.envs.glob("vllm*/ready.json"))
-    fix = "" if found else "made at the first `ft run` or `ft serve up` (some 3 GB)"
-    return Finding("vLLM", "ok" if found else "note", ", ".join(found) or f"not yet in {project.envs}", fix)
+    from registry.cards import pick_card
+    from registry.settings import load_settings
+    from serving.vllm_env import vllm_is_ready, vllm_package
+
+    settings, card = load_settings(project), pick_card("auto")
+    package = vllm_package(settings, card)
+    if vllm_is_ready(project, settings, card):
+        return Finding("vLLM", "ok", f"{package} in {project.envs}")
+    fix = "made at the first `ft run` or `ft serve up` (some 3 GB)"
+    return Finding("vLLM", "note", f"{package} is not yet in {project.envs}", fix)
 
 
 def _port(project: Project) -> Finding:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from registry.adapters import Verdict, Version
+    from registry.adapters import Verdict
     from registry.gate_report import Form
-    from registry.project import Project
 
 
 def gate(
@@ -32,6 +31,7 @@ def gate(
     import asyncio
 
     from cli.asking import asking
+    from cli.champion import tell_mlflow
     from jobs.evaluation.judge_version import judge_version
     from registry.adapters import add_verdict, find_version
     from registry.project import find_project
@@ -46,7 +46,7 @@ def gate(
         judged = asyncio.run(judge_version(project, store, settings, version, progress))
     verdict = add_verdict(store, version.model, version.version, judged.outcome, judged.body, None)
     _show(verdict, reports, as_json)
-    _mirror(project, version, verdict)
+    tell_mlflow(project, version.model)
     _leave(verdict, as_json)
 
 
@@ -66,20 +66,6 @@ def _reports(forms: list[str], files: list[Path], as_json: bool) -> list[tuple[F
     if len(forms) - len(files) + as_json > 1:
         raise WrongInput("only one report can be printed", place="--report", fix="write the others with --out FILE")
     return [(known[form], file) for form, file in zip_longest(forms, files)]
-
-
-def _mirror(project: Project, version: Version, verdict: Verdict) -> None:
-    """MLflow shows the verdict as well; our store has it in any case."""
-    from jobs.evaluation.judge_version import recipe_of
-    from registry.errors import TrackerError
-    from registry.mlflow_store import tracker_for
-
-    try:
-        tracker_for(project, recipe_of(version)).tag_verdict(
-            version.model, version.version, verdict.outcome, verdict.body
-        )
-    except TrackerError as error:
-        print(f"the verdict is kept, but MLflow was not told: {error}", file=sys.stderr)
 
 
 def _show(verdict: Verdict, reports: list[tuple[Form, Path | None]], as_json: bool) -> None:

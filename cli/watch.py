@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.2
 LINE_SECONDS = 10.0
 STARTS = 5
+LINE_WIDTH = 160
 
 
 def watch(project: Project, store: Store, run_id: str, *, quiet: bool = False) -> runs.Run:
@@ -82,6 +83,7 @@ def print_outcome(store: Store, run: runs.Run) -> None:
         rows = [[_subject(subject, result), *(f"{each[name]:.3f}" for name in metrics)]
                 for subject, each in result["scores"].items()]  # fmt: skip
         table(["", *metrics], rows)
+    _print_probes(result)
     for check in result.get("checks", []):
         say(f"  {check['outcome']:9} {check['text']}")
     if promoted := result.get("promoted"):
@@ -95,6 +97,14 @@ def print_outcome(store: Store, run: runs.Run) -> None:
     if spent:
         parts = [f"{kind} {seconds:.1f} s" for kind, seconds in spent.items() if kind != "total"]
         say(f"time: {', '.join(parts)}; {spent['total']:.1f} s in all")
+
+
+def _print_probes(result: dict[str, Any]) -> None:
+    """The recipe's probe questions, with what each subject answered; the whole answers are in `--json`."""
+    for question in result.get("probes", {}).get("candidate", {}):
+        say(f"\n  {question}")
+        for subject, answers in result["probes"].items():
+            say(f"    {_subject(subject, result)}: {' '.join(answers.get(question, '').split())[:LINE_WIDTH]}")
 
 
 def where_time_went(store: Store, run: runs.Run) -> dict[str, float]:

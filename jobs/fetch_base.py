@@ -6,9 +6,7 @@ Built beside it and renamed, under a lock, so two runs never see half a model.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -30,6 +28,7 @@ from registry.base_models import (
     refuse_remote_code,
 )
 from registry.errors import BaseModelError, Trouble
+from registry.file_locks import alone
 from registry.manifest import manifest_digest, sha256_of, write_manifest
 from registry.project import Project
 from registry.recipe import Base, expand
@@ -52,7 +51,7 @@ def fetch_base(project: Project, base: Base, say: Callable[[str], None] = lambda
     model = _in_cache(project, base, reference)
     if model is None:
         say(f"getting base model {base.model}")
-        with _locked(project, reference):
+        with alone(project.models / f".{reference.slug}.lock"):
             pinned = _pinned(base, reference)
             model = _in_cache(project, pinned, reference) or _bring(project, pinned, reference)
     return replace(model, licence=base.licence or model.licence)
@@ -213,14 +212,3 @@ def _card_licence(folder: Path) -> str:
 
 def _short(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-
-
-@contextmanager
-def _locked(project: Project, reference: Reference) -> Iterator[None]:
-    project.models.mkdir(parents=True, exist_ok=True)
-    fd = os.open(project.models / f".{reference.slug}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

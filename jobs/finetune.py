@@ -23,14 +23,14 @@ from jobs.targets.local_card import LocalCard
 from jobs.targets.target import Poll
 from registry import adapters, runs
 from registry.admission import admit
-from registry.alias_mirror import mirror_aliases
 from registry.base_models import BaseModel, refuse_use
 from registry.cards import Card, marker, pick_card
-from registry.dataset_versions import materialise, pin
+from registry.dataset_versions import Pinned, materialise, pin
 from registry.errors import EngineError, FtError, JobError, TrackerError, Trouble
 from registry.events import append, new_event, read
 from registry.gates import judge as judge_scores
 from registry.job_folder import JobFolder
+from registry.mlflow_mirror import mirror
 from registry.mlflow_store import RunFacts, Tracked, git_commit, tracker_for
 from registry.project import Project
 from registry.scores import Scored
@@ -50,7 +50,7 @@ async def finetune(run_id: str) -> State:
     """pin -> plan -> train on a card -> register -> evaluate where it will be served -> judge -> promote -> served."""
     try:
         await take_turn(run_id)
-        plan = await make_plan(run_id)
+        plan = await make_plan(run_id, await pin_data(run_id))
         trained = await _on_card(plan, train_on_card, run_id)
         version = await register(run_id, plan, trained)
         scores = await _on_card(plan, evaluate_on_card, run_id, version)
@@ -83,11 +83,16 @@ async def take_turn(bench: Bench, run_id: str) -> State:
     return {}
 
 
+@step("pin")
+async def pin_data(bench: Bench, run_id: str) -> State:
+    """The dataset's version as it is now; a `plan` that is repeated must find the one that it wrote down."""
+    return asdict(await asyncio.to_thread(pin, bench.project, bench.recipe(run_id).data.path))
+
+
 @step("plan")
-async def make_plan(bench: Bench, run_id: str) -> State:
-    """Pin the data, get the base model, choose the card, write the job's folder."""
-    recipe = bench.recipe(run_id)
-    pinned = await asyncio.to_thread(pin, bench.project, recipe.data.path)
+async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
+    """Get the base model, choose the card, write the job's folder."""
+    recipe, pinned = bench.recipe(run_id), Pinned(**dataset)
     refuse_use(recipe.use, recipe.base.model, recipe.base.licence or "")
     fetching = asyncio.to_thread(fetch_base, bench.project, recipe.base)
     base: BaseModel = await bench.outside("set-up", fetching)
@@ -98,10 +103,10 @@ async def make_plan(bench: Bench, run_id: str) -> State:
             "card": card.name}  # fmt: skip
     await asyncio.to_thread(job.write_spec, spec)
     await asyncio.to_thread(materialise, bench.project, pinned, job.data)
-    dataset = {"path": pinned.path, "hash": pinned.hash, "rows": pinned.rows}
-    runs.note_result(bench.store, run_id, dataset=dataset, base=base.as_dict(), card=card.name)
+    shown = {name: dataset[name] for name in ("path", "hash", "rows")}
+    runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=card.name)
     return {
-        "dataset": {**dataset, "files": pinned.files},
+        "dataset": dataset,
         "base": base.as_dict(),
         "card": card.name,
         "promote": recipe.promote,
@@ -191,7 +196,8 @@ async def judge(bench: Bench, run_id: str, version: State, scores: State) -> Sta
     verdict = adapters.add_verdict(
         bench.store, version["model"], version["version"], judged.outcome, judged.body, run_id
     )
-    runs.note_result(bench.store, run_id, verdict=judged.outcome, checks=judged.body["checks"], scores=_summary(scores))
+    runs.note_result(bench.store, run_id, verdict=judged.outcome, checks=judged.body["checks"],
+                     scores=_of_each(scores, "metrics"), probes=_of_each(scores, "probes"))  # fmt: skip
     return {"id": verdict.id, "outcome": verdict.outcome, **version}
 
 
@@ -234,12 +240,9 @@ async def conclude(bench: Bench, run_id: str, verdict: State) -> State:
     """Tell MLflow the rest, and end the run. What MLflow cannot take now is taken from our store later."""
     recipe, body = bench.recipe(run_id), adapters.version_of_run(bench.store, run_id).body
     tracker, tracked = tracker_for(bench.project, recipe), Tracked(**body["mlflow"])
-    judged = adapters.last_verdict(bench.store, verdict["model"], verdict["version"])
-    assert judged is not None
     scores = bench.run(run_id).result["scores"]
     await asyncio.to_thread(tracker.log_scores, tracked, scores)
-    await asyncio.to_thread(tracker.tag_verdict, judged.model, judged.version, judged.outcome, judged.body)
-    await asyncio.to_thread(mirror_aliases, bench.store, tracker, recipe.model)
+    await asyncio.to_thread(mirror, bench.store, tracker, recipe.model)
     await asyncio.to_thread(tracker.end, tracked, "FINISHED")
     outcome: runs.State = "succeeded" if verdict["outcome"] == "pass" else "refused"
     runs.finish(bench.store, run_id, outcome)
@@ -373,8 +376,8 @@ def _take_back(bench: Bench, moved: State, reason: dict[str, Any]) -> None:
                       fix="`ft serve status` has the numbers; the version before it goes on answering")  # fmt: skip
 
 
-def _summary(scores: State) -> dict[str, dict[str, float]]:
-    return {name: each["metrics"] for name, each in scores["scores"].items()}
+def _of_each(scores: State, field: str) -> State:
+    return {name: each[field] for name, each in scores["scores"].items()}
 
 
 def _note_failure(run_id: str, error: Exception) -> None:

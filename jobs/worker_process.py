@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from registry.file_locks import alone, is_held, open_lock, try_exclusive
 from registry.project import Project
 
 LOCK_VARIABLE = "FT_WORKER_LOCK"
@@ -25,7 +26,7 @@ _started: list[subprocess.Popen[bytes]] = []
 @contextmanager
 def submitting(project: Project) -> Iterator[None]:
     """While inside, no worker ends. Call `ensure_worker` before leaving."""
-    fd = _open(project, "gate.lock")
+    fd = open_lock(project.home / "gate.lock")
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         yield
@@ -62,22 +63,14 @@ def _start(project: Project, lock: int) -> None:
             start_new_session=True,
             pass_fds=[lock],
         )
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(process.pid).encode(), 0)
+    _write_pid(lock, process.pid)
     _started.append(process)
 
 
 def worker_is_on(project: Project) -> bool:
-    with _alone(project):
-        fd = _open(project, "worker.lock")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            return False
-        finally:
-            os.close(fd)
+    _started[:] = [worker for worker in _started if worker.poll() is None]
+    with _guarded(project) as lock:
+        return is_held(lock)
 
 
 def take_worker_lock(project: Project) -> int | None:
@@ -85,27 +78,16 @@ def take_worker_lock(project: Project) -> int | None:
     if given := os.environ.pop(LOCK_VARIABLE, ""):  # the worker was born with it
         os.set_inheritable(int(given), False)
         return int(given)
-    with _alone(project):
-        fd = _open(project, "worker.lock")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        return fd
+    with _guarded(project) as lock:
+        fd = try_exclusive(lock)
+    if fd is not None:
+        _write_pid(fd, os.getpid())
+    return fd
 
 
 def close_gate(project: Project) -> int | None:
     """Take the gate exclusively, so that nobody submits; None while somebody does."""
-    fd = _open(project, "gate.lock")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+    return try_exclusive(project.home / "gate.lock")
 
 
 def worker_log_tail(project: Project, lines: int = 15) -> str:
@@ -114,16 +96,12 @@ def worker_log_tail(project: Project, lines: int = 15) -> str:
 
 
 @contextmanager
-def _alone(project: Project) -> Iterator[None]:
-    """To look is to try the lock as well, so a second lock keeps who looks from being taken for a worker."""
-    fd = _open(project, "worker.guard")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def _guarded(project: Project) -> Iterator[Path]:
+    """The worker's lock, with nobody else at it: to look is to try it, and who looks is not a worker."""
+    with alone(project.home / "worker.guard"):
+        yield project.home / "worker.lock"
 
 
-def _open(project: Project, name: str) -> int:
-    project.home.mkdir(parents=True, exist_ok=True)
-    return os.open(Path(project.home / name), os.O_RDWR | os.O_CREAT, 0o600)
+def _write_pid(lock: int, pid: int) -> None:
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(pid).encode(), 0)

@@ -1,7 +1,7 @@
 """Adapter versions and their aliases. This module alone moves `candidate`, `champion` and `previous`.
 
 A move of `champion` is a row in `promotions`, compared and set in one transaction against the champion that the
-verdict was made against. MLflow's aliases are projected from these rows (`registry/mlflow_store.py`).
+verdict was made against. MLflow's aliases are projected from these rows (`registry/mlflow_mirror.py`).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def last_verdict(store: Store, model: str, version: int) -> Verdict | None:
     row = store.first(
         "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
     )
-    return Verdict(**{**row, "body": json.loads(row["body"])}) if row else None
+    return _verdict(row) if row else None
 
 
 def promote(
@@ -213,6 +213,17 @@ def mark_projected(store: Store, model: str, alias: str, version: int) -> None:
         connection.execute("UPDATE aliases SET projected = ? WHERE model = ? AND alias = ?", (version, model, alias))
 
 
+def unprojected_verdicts(store: Store, model: str) -> list[Verdict]:
+    """Verdicts that MLflow has not been told of yet, the oldest first."""
+    rows = store.read("SELECT * FROM verdicts WHERE model = ? AND NOT projected ORDER BY id", (model,))
+    return [_verdict(row) for row in rows]
+
+
+def mark_verdict_projected(store: Store, verdict: int) -> None:
+    with store.writing() as connection:
+        connection.execute("UPDATE verdicts SET projected = 1 WHERE id = ?", (verdict,))
+
+
 def _move(connection: sqlite3.Connection, move: Promotion) -> Promotion:
     """Write the row, set both aliases and append the event; the row as it was written."""
     values = {name: value for name, value in asdict(move).items() if name != "id"}
@@ -253,6 +264,11 @@ def _version(row: dict[str, Any]) -> Version:
 
 def _named(version: object) -> str:
     return "none" if version is None else f"version {version}"
+
+
+def _verdict(row: dict[str, Any]) -> Verdict:
+    known = {name: value for name, value in row.items() if name != "projected"}
+    return Verdict(**{**known, "body": json.loads(row["body"])})
 
 
 def _judge_again(verdict: Verdict) -> str:

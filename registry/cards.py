@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from registry.errors import Trouble, WrongInput
+from registry.errors import WrongInput
+from registry.file_locks import alone, is_held, open_lock, try_exclusive
 from registry.project import Project
 
 Purpose = Literal["train", "eval"]
@@ -75,11 +75,8 @@ class CardLock:
 def try_lock(project: Project, card: Card, holder: str) -> CardLock | None:
     """The card's lock, or None while somebody else holds it. `holder` is written into the file for people."""
     with _guarded(project, card) as folder:
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
+        fd = try_exclusive(folder / "lock")
+        if fd is None:
             return None
         os.ftruncate(fd, 0)
         os.pwrite(fd, holder.encode(), 0)
@@ -91,7 +88,7 @@ def holder(project: Project, card: Card) -> str:
     """Who holds the card, '' if nobody does."""
     with _guarded(project, card) as folder:
         lock = folder / "lock"
-        return lock.read_text(encoding="utf-8") if _is_locked(lock) else ""
+        return lock.read_text(encoding="utf-8") if is_held(lock) else ""
 
 
 @contextmanager
@@ -99,7 +96,7 @@ def marker(project: Project, card: Card, purpose: Purpose) -> Iterator[None]:
     """Make it known, while the block runs, that this process wants the card (or its engine)."""
     with _guarded(project, card) as folder:
         path = folder / f"{purpose}-{uuid.uuid4().hex}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fd = open_lock(path)
         fcntl.flock(fd, fcntl.LOCK_EX)
     try:
         yield
@@ -113,49 +110,19 @@ def wanted(project: Project, card: Card, purpose: Purpose) -> bool:
     found = False
     with _guarded(project, card) as folder:
         for path in folder.glob(f"{purpose}-*"):
-            if _is_locked(path):
+            if is_held(path):
                 found = True
             else:
                 path.unlink(missing_ok=True)
     return found
 
 
-def lock_when_free(project: Project, card: Card, holder_: str, stop: Callable[[], bool], poll: float = 0.2) -> CardLock:
-    """Wait for the card. Raises Trouble when `stop` says so."""
-    while True:
-        if lock := try_lock(project, card, holder_):
-            return lock
-        if stop():
-            raise Trouble(f"gave up waiting for card {card.name}", place=holder(project, card))
-        time.sleep(poll)
-
-
 @contextmanager
 def _guarded(project: Project, card: Card) -> Iterator[Path]:
     """The card's folder, with this process alone at work in it for a moment."""
     folder = project.cards / card.name
-    folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / "guard", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with alone(folder / "guard"):
         yield folder
-    finally:
-        os.close(fd)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)
 
 
 def _cpu() -> Card:

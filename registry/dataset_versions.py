@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from registry.chat_data import check_dataset
 from registry.dvc_repo import cached_path, opened, pull_objects
 from registry.errors import Conflict, DataError, Trouble
+from registry.file_locks import alone
 from registry.project import Project
 from registry.tracked_data import Tracked, find_tracked, is_stage_output, tracked_datasets
 
@@ -81,7 +81,7 @@ def store_version(project: Project, name: str, write: Callable[[Path], None], *,
     Raises Conflict where NAME is there and `replace` was not said, or its folder has changes that DVC lacks.
     """
     path, folder = f"datasets/{name}", project.root / "datasets" / name
-    with _one_at_a_time(project), _staging(folder) as partial:
+    with alone(project.home / "datasets.lock"), _staging(folder) as partial:
         _refuse_overwrite(project, path, replace=replace)
         write(partial)
         check_dataset(partial)
@@ -195,14 +195,6 @@ def _refuse_overwrite(project: Project, path: str, *, replace: bool) -> None:
             place=path,
             fix=tracked.ways_out,
         )
-
-
-@contextmanager
-def _one_at_a_time(project: Project) -> Iterator[None]:
-    project.home.mkdir(parents=True, exist_ok=True)
-    with (project.home / "datasets.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -15,17 +15,17 @@ Changing the lease is a compare-and-set on its ETag (the content's sha256), as a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from registry.file_locks import alone
 from registry.manifest import broken_files
 
 
@@ -171,14 +171,8 @@ class JobFolder:
         _replace(self.path / "lease.json", text)
         return Held(new, _digest(text))
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+    def _exclusive(self) -> AbstractContextManager[None]:
+        return alone(self.path / ".lock")
 
 
 def _steps_of(checkpoint: Path) -> tuple[int, int]:

@@ -6,9 +6,7 @@ Every write is one `BEGIN IMMEDIATE` transaction, so a read-then-write inside it
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import StoreError
+from registry.file_locks import alone
 from registry.project import Project
 
 MIGRATIONS = [
@@ -54,6 +53,7 @@ MIGRATIONS = [
     CREATE TABLE scores (
         key TEXT PRIMARY KEY, body TEXT NOT NULL, created REAL NOT NULL);
     """,
+    "ALTER TABLE verdicts ADD COLUMN projected INTEGER NOT NULL DEFAULT 0",
 ]
 
 
@@ -146,7 +146,8 @@ def _migrate(store: Store) -> None:
             place=str(store.path),
             fix="upgrade ft",
         )
-    with _one_at_a_time(store), store._connection() as connection:
+    # Two that turn a new file to WAL at once block each other, and SQLite refuses one of them without waiting.
+    with alone(store.path.with_name(f"{store.path.name}.new")), store._connection() as connection:
         connection.execute("PRAGMA journal_mode=WAL")
     with store.writing() as connection:
         # Read again under the lock: another process may have migrated while this one waited for it.
@@ -155,17 +156,6 @@ def _migrate(store: Store) -> None:
             for statement in filter(str.strip, script.split(";")):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version={number}")
-
-
-@contextmanager
-def _one_at_a_time(store: Store) -> Iterator[None]:
-    """Two that turn a new file to WAL at once block each other, and SQLite refuses one of them without waiting."""
-    fd = os.open(store.path.with_name(f"{store.path.name}.new"), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def dump(value: Any) -> str:

@@ -6,7 +6,6 @@ can hold.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from registry.errors import Conflict
+from registry.file_locks import is_held, try_exclusive
 from registry.project import Project
 from registry.recipe import Serve
 from registry.store import Store, dump
@@ -74,7 +74,7 @@ class ServerStatus:
 def server_status(store: Store) -> ServerStatus | None:
     """The project's server; None if there is none, it is dead, or it has not been heard of for half a minute."""
     status = last_words(store)
-    if status is None or not _is_locked(_lock_path(store)) or time.time() - status.heartbeat > STALE_SECONDS:
+    if status is None or not is_held(_lock_path(store)) or time.time() - status.heartbeat > STALE_SECONDS:
         return None
     return status
 
@@ -101,13 +101,11 @@ def only_server(project: Project, store: Store) -> Iterator[Callable[[], bool]]:
 
     Gives a function that says whether this still is so: after `rm -rf .ft` another server may have begun there.
     """
-    fd = os.open(_lock_path(store), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
+    held = try_exclusive(_lock_path(store))
+    if held is None:
         raise Conflict("a server of this project runs already", place=str(project.home),
-                       fix="`ft serve status` shows it, `ft serve down` stops it") from None  # fmt: skip
+                       fix="`ft serve status` shows it, `ft serve down` stops it")  # fmt: skip
+    fd = held
 
     def still() -> bool:
         try:
@@ -125,23 +123,8 @@ def only_server(project: Project, store: Store) -> Iterator[Callable[[], bool]]:
 
 def is_gone(store: Store) -> bool:
     """Has the server let go of everything?"""
-    return not _is_locked(_lock_path(store))
+    return not is_held(_lock_path(store))
 
 
 def _lock_path(store: Store) -> Path:
     return store.path.with_name("server.lock")
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)

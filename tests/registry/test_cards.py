@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from registry.cards import CardLock, holder, list_cards, lock_when_free, marker, pick_card, try_lock, wanted
-from registry.errors import Trouble, WrongInput
+from registry.cards import CardLock, holder, list_cards, marker, pick_card, try_lock, wanted
+from registry.errors import WrongInput
 from registry.project import Project
 from tests.conftest import run_bounded, started
 
@@ -148,17 +148,6 @@ def test_a_marker_is_never_taken_away_from_who_is_just_making_it(project: Projec
         done = run_bounded(make, 30, cwd=project.root)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
-
-
-def test_waiting_for_a_card_ends_when_it_is_free_or_when_told(project: Project) -> None:
-    with started(SLEEP, pass_fds=[(lock := locked(project, "a sleeper")).fd], cwd=project.root) as sleeper:
-        lock.release()
-        assert first_line(sleeper) == "on"
-        with pytest.raises(Trouble, match="gave up waiting for card cpu") as caught:
-            lock_when_free(project, CPU, "me", stop=lambda: True)
-        assert caught.value.place == "a sleeper"
-        sleeper.kill()
-        lock_when_free(project, CPU, "me", stop=lambda: False, poll=0.01).release()
 
 
 def test_cards_are_named_as_recipes_write_them() -> None:

@@ -1,0 +1,63 @@
+"""MLflow follows our store: aliases that moved and verdicts that were given since it was told last.
+
+What it does not take now stays for the next time. `python -m registry.mlflow_mirror MODEL` tells it in a process of
+its own: importing mlflow takes seconds, and a command must end however long MLflow takes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from registry import adapters
+from registry.errors import FtError, TrackerError, from_dict
+from registry.mlflow_store import Tracker, tracker_for
+from registry.project import Project, find_project
+from registry.recipe import Finetune
+from registry.store import Store, open_store
+
+# Once in some hundred times on a machine with more work than cores, `ft rollback` never came back from MLflow.
+PATIENCE_SECONDS = 120.0
+
+
+def mirror(store: Store, tracker: Tracker, model: str) -> int:
+    """Tell MLflow what it does not know yet of the model; how many facts. Raises TrackerError; the rest stays."""
+    moved = [each for each in adapters.unprojected_aliases(store) if each[0] == model]
+    for _, alias, version in moved:
+        tracker.set_alias(model, alias, version)
+        adapters.mark_projected(store, model, alias, version)
+    judged = adapters.unprojected_verdicts(store, model)
+    for verdict in judged:
+        tracker.tag_verdict(model, verdict.version, verdict.outcome, verdict.body)
+        adapters.mark_verdict_projected(store, verdict.id)
+    return len(moved) + len(judged)
+
+
+def mirror_apart(project: Project, model: str, patience: float = PATIENCE_SECONDS) -> None:
+    """`mirror` in a process of its own, for so many seconds at most. Raises TrackerError."""
+    command = [sys.executable, "-m", "registry.mlflow_mirror", model]
+    try:
+        done = subprocess.run(command, cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True, timeout=patience, check=False)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise TrackerError(f"MLflow: no answer in {patience:.0f} s", fix="`ft doctor` shows which one it is") from None
+    if done.returncode:
+        said = done.stdout.strip()
+        raise from_dict(json.loads(said)) if said else TrackerError(f"MLflow: its process ended ({done.returncode})")
+
+
+def main() -> None:
+    """Tell MLflow of the model that is named; an error goes to standard output as JSON."""
+    try:
+        project, model = find_project(), sys.argv[1]
+        store = open_store(project)
+        newest = adapters.versions(store, model)[-1]
+        mirror(store, tracker_for(project, Finetune.model_validate(newest.body["recipe"])), model)
+    except FtError as error:
+        print(json.dumps(error.as_dict()), flush=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
