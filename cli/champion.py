@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 import time
 from dataclasses import asdict
@@ -20,14 +19,6 @@ SWAP_SECONDS = 60.0
 LOOK_SECONDS = 0.05
 # A training may have the card for hours; nobody waits for that at a prompt.
 WITHOUT_CARD = ("waiting for the card", "giving the card to training", "card given to training", "stopping")
-
-
-def person() -> str:
-    """Who types this, for the promotion's row."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return "unknown"
 
 
 def tell_move(project: Project, store: Store, moved: Promotion, *, as_json: bool) -> None:

@@ -21,16 +21,16 @@ def promote(
 
     Example: ft promote tickets@3 --reason "reviewed by hand"
     """
-    from cli.champion import person, tell_move
+    from cli.champion import tell_move
     from registry import adapters
-    from registry.project import find_project
+    from registry.project import find_project, user_name
     from registry.store import open_store
 
     project = find_project()
     store = open_store(project)
     version = adapters.find_version(store, reference if "@" in reference else f"{reference}@candidate")
     verdict = _verdict(store, version, force)
-    moved = adapters.promote(store, verdict, by_whom=person(), reason=reason, person=True)
+    moved = adapters.promote(store, verdict, by_whom=user_name(), reason=reason, person=True)
     tell_move(project, store, moved, as_json=as_json)
 
 

@@ -17,12 +17,12 @@ def rollback(
 
     Example: ft rollback tickets --reason "rude to customers"
     """
-    from cli.champion import person, tell_move
+    from cli.champion import tell_move
     from registry import adapters
-    from registry.project import find_project
+    from registry.project import find_project, user_name
     from registry.store import open_store
 
     project = find_project()
     store = open_store(project)
-    moved = adapters.roll_back(store, model, by_whom=person(), reason=reason, to=to)
+    moved = adapters.roll_back(store, model, by_whom=user_name(), reason=reason, to=to)
     tell_move(project, store, moved, as_json=as_json)

@@ -21,12 +21,14 @@ from typing import Any
 
 from registry.errors import TrackerError
 from registry.job_folder import JobFolder
-from registry.project import Project
+from registry.project import Project, user_name
 from registry.recipe import Recipe, expand
 
 RUN_TAG = "ft.run"
 BEGUN_TAG = "ft.begun"
 METRICS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory")
+# Without it MLflow's UI takes the runs for an agent's evaluations.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _process_wide = threading.Lock()
 # The packages whose versions decide what an adapter becomes.
 STACK = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "mlflow", "dvc", "dbos")
@@ -138,11 +140,13 @@ class Tracker:
         if found:
             return str(found.experiment_id)
         try:
-            return str(client.create_experiment(name, artifact_location=self.artifacts))
+            return str(client.create_experiment(name, artifact_location=self.artifacts, tags=EXPERIMENT_TAGS))
         except MlflowException:  # another run of the same model was a moment faster
             return str(client.get_experiment_by_name(name).experiment_id)
 
     def _logged_model(self, client: Any, tracked: Tracked, model: str, run_id: str, folder: Path) -> Any:
+        from mlflow.entities import LoggedModelOutput
+
         found = client.search_logged_models([tracked.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'")
         ready = [each for each in found if str(each.status) in ("READY", "LoggedModelStatus.READY")]
         if ready:
@@ -155,6 +159,7 @@ class Tracker:
             model_type="lora",
         )
         client.log_model_artifacts(logged.model_id, str(folder))
+        client.log_outputs(tracked.run_id, [LoggedModelOutput(logged.model_id, step=0)])
         return client.finalize_logged_model(logged.model_id, "READY")
 
     @contextmanager
@@ -232,6 +237,9 @@ def _run_tags(facts: RunFacts) -> dict[str, str]:
         "ft.base": facts.base["source"],
         "ft.base_revision": facts.base["revision"],
         "ft.licence": facts.base["licence"],
+        "mlflow.user": user_name(),
+        "mlflow.source.name": f"recipe {facts.recipe.name}",
+        "mlflow.source.type": "PROJECT",
         "mlflow.source.git.commit": facts.commit,
     }
 

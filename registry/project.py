@@ -5,6 +5,7 @@ Standard library only, because every command, the fastest too, starts here.
 
 from __future__ import annotations
 
+import getpass
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ def find_project(start: Path | None = None) -> Project:
         place=str(here),
         fix="make one with `ft init DIR`, then `cd DIR`",
     )
+
+
+def user_name() -> str:
+    """Who works here, for what is written down of a run or a promotion."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"
 
 
 def cache_folder() -> Path:

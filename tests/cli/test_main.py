@@ -66,14 +66,15 @@ def test_each_commands_help_is_its_own(name: str, tmp_path: Path) -> None:
     assert f"Usage: ft {name} " in done.stdout
 
 
-def test_help_comes_fast_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = f"import sys; sys.argv = ['ft', '--help']\nfrom cli.main import main\ntry: main()\nfinally: print([m for m in {HEAVY} if m in sys.modules])"  # noqa: E501
-    done = run_bounded([sys.executable, "-c", code], 60, cwd=tmp_path)
+@pytest.mark.parametrize("command", ["--help", "runs", "models"])
+def test_what_is_typed_often_comes_fast_and_imports_nothing_heavy(command: str, project: Project) -> None:
+    code = f"import sys; sys.argv = ['ft', {command!r}]\nfrom cli.main import main\ntry: main()\nfinally: print([m for m in {HEAVY} if m in sys.modules])"  # noqa: E501
+    done = run_bounded([sys.executable, "-c", code], 60, cwd=project.root)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     times = []
     for _ in range(7):
         began = time.perf_counter()
-        ft("--help", cwd=tmp_path)
+        ft(command, cwd=project.root)
         times.append(time.perf_counter() - began)
     # What it should take is measured elsewhere, on an idle machine; the fastest is least disturbed by others.
     assert min(times) < 0.4, statistics.median(times)

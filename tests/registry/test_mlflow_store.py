@@ -91,13 +91,16 @@ def test_a_run_is_begun_once_with_all_that_it_rests_on(tracker: Tracker) -> None
     client = client_of(tracker)
     assert [run.info.run_id for run in client.search_runs([tracked.experiment_id])] == [tracked.run_id]
     run = client.get_run(tracked.run_id)
-    assert client.get_experiment(tracked.experiment_id).name == "tickets"
+    experiment = client.get_experiment(tracked.experiment_id)
+    assert experiment.name == "tickets"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert run.info.run_name == "support-1"
     assert run.data.params["train.learning_rate"] == "0.001"
     assert run.data.params["evaluate.labels"] == '["a", "b"]'
     assert run.data.params["base"] == "org/base"
     expected = {RUN_TAG: "support-1", "ft.recipe": "support", "ft.dataset_hash": HASH, "ft.base_revision": "r1",
-                "ft.licence": "MIT", "mlflow.source.git.commit": "c" * 40}  # fmt: skip
+                "ft.licence": "MIT", "mlflow.source.git.commit": "c" * 40,
+                "mlflow.source.name": "recipe support"}  # fmt: skip
     assert expected.items() <= run.data.tags.items()
     [dataset_input] = run.inputs.dataset_inputs
     assert (dataset_input.dataset.name, dataset_input.dataset.digest) == ("datasets/tickets", HASH)
@@ -147,6 +150,8 @@ def test_an_adapter_is_registered_once_and_can_be_had_again(tracker: Tracker, ad
     assert registered.source.startswith("models:/m-")
     logged = client.get_logged_model(registered.source.removeprefix("models:/"))
     assert str(logged.status) in ("READY", "LoggedModelStatus.READY")
+    outputs = client.get_run(tracked.run_id).outputs.model_outputs
+    assert logged.model_id in {each.model_id for each in outputs}, "the run's page shows what came out of it"
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(tracker.uri)
     try:
