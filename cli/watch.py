@@ -111,7 +111,7 @@ def where_time_went(store: Store, run: runs.Run) -> dict[str, float]:
     """Seconds by kind; `platform` is what is left of the total, and so our own."""
     if run.finished is None:
         return {}
-    spent: dict[str, float] = {}
+    spent: dict[str, float] = {"stopped": run.result["stopped"]} if "stopped" in run.result else {}
     for step in runs.steps(store, run.id):
         for kind, seconds in step.note.get("spent", {}).items():
             spent[kind] = spent.get(kind, 0.0) + seconds

@@ -21,17 +21,18 @@ from jobs.runtime import card_queue
 from jobs.steps import BENCH, Bench, State, at_work, step
 from jobs.targets.local_card import LocalCard
 from jobs.targets.target import Poll
+from jobs.tell_mlflow import keep_telling, patiently, tell_of_version
 from registry import adapters, runs
 from registry.admission import admit
 from registry.base_models import BaseModel, refuse_use
 from registry.cards import Card, marker, pick_card
 from registry.dataset_versions import Pinned, materialise, pin
-from registry.errors import EngineError, FtError, JobError, TrackerError, Trouble
-from registry.events import append, new_event, read
+from registry.errors import EngineError, FtError, JobError, Trouble
+from registry.events import read
 from registry.gates import judge as judge_scores
 from registry.job_folder import JobFolder
 from registry.mlflow_mirror import mirror
-from registry.mlflow_store import RunFacts, Tracked, git_commit, tracker_for
+from registry.mlflow_store import Tracked, git_commit, tracker_for
 from registry.project import Project
 from registry.scores import Scored
 from registry.settings import Settings
@@ -41,7 +42,6 @@ from serving.control import engine_for, server_status
 MAX_LORA_RANK = 64
 LOST_TRAINERS = 3
 WATCH_SECONDS = 0.3
-TRACK_SECONDS = 3.0
 SERVED_SECONDS = 300.0
 
 
@@ -139,9 +139,6 @@ async def register(bench: Bench, run_id: str, plan: State, trained: State) -> St
     recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
     job = JobFolder(bench.project.job_folder(run_id))
     facts = await asyncio.to_thread(admit, job.adapter, base.digest, MAX_LORA_RANK)
-    tracker = tracker_for(bench.project, recipe)
-    tracked = await _begin_tracking(bench, run_id, plan)
-    await asyncio.to_thread(tracker.send_progress, tracked, job)
     lineage = {
         "base": base.source,
         "base_revision": base.revision,
@@ -154,7 +151,7 @@ async def register(bench: Bench, run_id: str, plan: State, trained: State) -> St
         "commit": plan["commit"],
         "rank": facts["rank"],
     }
-    number = await asyncio.to_thread(tracker.register, tracked, recipe.model, run_id, job.adapter, lineage)
+    tracked, number = await patiently(bench, run_id, lambda: tell_of_version(bench, run_id, plan, lineage))
     folder = bench.project.adapter_folder(recipe.model, number)
     folder.parent.mkdir(parents=True, exist_ok=True)
     await asyncio.to_thread(LocalCard(bench.project, pick_card(plan["card"])).fetch, job.path, folder)
@@ -240,10 +237,13 @@ async def conclude(bench: Bench, run_id: str, verdict: State) -> State:
     """Tell MLflow the rest, and end the run. What MLflow cannot take now is taken from our store later."""
     recipe, body = bench.recipe(run_id), adapters.version_of_run(bench.store, run_id).body
     tracker, tracked = tracker_for(bench.project, recipe), Tracked(**body["mlflow"])
-    scores = bench.run(run_id).result["scores"]
-    await asyncio.to_thread(tracker.log_scores, tracked, scores)
-    await asyncio.to_thread(mirror, bench.store, tracker, recipe.model)
-    await asyncio.to_thread(tracker.end, tracked, "FINISHED")
+
+    def tell() -> None:
+        tracker.log_scores(tracked, bench.run(run_id).result["scores"])
+        mirror(bench.store, tracker, recipe.model)
+        tracker.end(recipe, run_id, "FINISHED")
+
+    await patiently(bench, run_id, tell)
     outcome: runs.State = "succeeded" if verdict["outcome"] == "pass" else "refused"
     runs.finish(bench.store, run_id, outcome)
     return {"outcome": outcome}
@@ -292,7 +292,7 @@ async def _ask_on_engine(
 async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, folder: Path) -> Poll:
     """Until the job is done: (re)start its trainer, show its stage, send its progress to MLflow."""
     lost, reported, job = 0, 0, JobFolder(folder)
-    tracking = asyncio.create_task(_track(bench, run_id, plan, folder))
+    tracking = asyncio.create_task(keep_telling(bench, run_id, plan))
     try:
         while True:
             poll = await asyncio.to_thread(target.poll, folder)
@@ -322,27 +322,6 @@ def _is_final(bench: Bench, poll: Poll, folder: Path) -> bool:
         return True
     began = bench.started
     return (folder / "result.json").stat().st_mtime >= began
-
-
-async def _track(bench: Bench, run_id: str, plan: State, folder: Path) -> None:
-    """Send progress as it comes. A tracker that is down stops nothing: what is not sent stays in the folder."""
-    tracker, tracked = tracker_for(bench.project, bench.recipe(run_id)), None
-    while True:
-        await asyncio.sleep(TRACK_SECONDS)
-        try:
-            tracked = tracked or await _begin_tracking(bench, run_id, plan)
-            await asyncio.to_thread(tracker.send_progress, tracked, JobFolder(folder))
-        except TrackerError as error:
-            append(
-                bench.store,
-                new_event("ft/runs", "run.tracker_away", run_id, error.as_dict(), key=f"{run_id}/away"),
-            )
-
-
-async def _begin_tracking(bench: Bench, run_id: str, plan: State) -> Tracked:
-    recipe = bench.recipe(run_id)
-    facts = RunFacts(run_id, recipe, bench.run(run_id).digest, plan["dataset"], plan["base"], plan["commit"])
-    return await asyncio.to_thread(tracker_for(bench.project, recipe).begin, facts)
 
 
 def _job_error(result: State, folder: Path) -> JobError:

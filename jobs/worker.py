@@ -10,6 +10,7 @@ import traceback
 
 from jobs import runtime
 from jobs.finetune import bind, let_go
+from jobs.tell_mlflow import tell_of_ends
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
 from registry.errors import FtError
@@ -20,6 +21,7 @@ from registry.store import Changes, Store, open_store
 LOOK_SECONDS = 0.05
 # Between two changes of the run rows: what DBOS itself has ended is noticed this late at most.
 QUIET_SECONDS = 0.5
+TELL_SECONDS, AWAY_SECONDS = 2.0, 30.0
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def work(project: Project, *, forever: bool = False) -> None:
     store, settings = open_store(project), load_settings(project)
     bind(project, store, settings)
     runtime.launch(project)
-    threading.Thread(target=_import_mlflow, name="mlflow", daemon=True).start()
+    threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
     changes, busy_at = Changes(store), time.monotonic()
     while True:
         if _look(store):
@@ -78,9 +80,17 @@ def _has_wishes(store: Store) -> bool:
     return store.first("SELECT 1 AS one FROM runs WHERE wish IS NOT NULL") is not None
 
 
-def _import_mlflow() -> None:
-    """Its import takes seconds; done while the run does something else."""
+def _keep_mlflow_told(project: Project, store: Store) -> None:
+    """Beside the runs, which tell what goes well themselves. Its import takes seconds, so it comes first."""
     import mlflow  # noqa: F401
+
+    while True:
+        try:
+            tell_of_ends(project, store)
+        except Exception as error:  # away, or misconfigured: no reason for the worker to end
+            print(error, file=sys.stderr, flush=True)
+            time.sleep(AWAY_SECONDS)
+        time.sleep(TELL_SECONDS)
 
 
 if __name__ == "__main__":

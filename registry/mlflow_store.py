@@ -64,9 +64,9 @@ class Tracker:
     def begin(self, facts: RunFacts) -> Tracked:
         """The MLflow run of our run: the one that is there, or a new one with params, recipe and dataset."""
         with self._client("cannot begin the run") as client:
-            experiment = self._experiment(client, facts.recipe.tracking.experiment or facts.recipe.model)
-            found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{facts.run_id}'", max_results=1)
-            run = found[0] if found else client.create_run(experiment, run_name=facts.run_id, tags=_run_tags(facts))
+            experiment = self._experiment(client, _experiment_name(facts.recipe))
+            found = _run_of(client, experiment, facts.run_id)
+            run = found or client.create_run(experiment, run_name=facts.run_id, tags=_run_tags(facts))
             tracked = Tracked(experiment, run.info.run_id)
             if BEGUN_TAG not in run.data.tags:  # new, or its beginning was cut off: each part of it replaces itself
                 _log_params(client, tracked, facts)
@@ -74,6 +74,8 @@ class Tracker:
                 client.log_dict(tracked.run_id, facts.recipe.model_dump(mode="json"), "recipe.json")
                 client.log_dict(tracked.run_id, environment(), "environment.json")
                 client.set_tag(tracked.run_id, BEGUN_TAG, "true")
+            if run.info.status != "RUNNING":  # it had failed, and was resumed
+                client.update_run(tracked.run_id, status="RUNNING")
             return tracked
 
     def send_progress(self, tracked: Tracked, job: JobFolder) -> int:
@@ -128,10 +130,13 @@ class Tracker:
         with self._client("cannot set an alias") as client:
             client.set_registered_model_alias(model, alias, str(version))
 
-    def end(self, tracked: Tracked, status: str) -> None:
-        """`status` is one of MLflow's: FINISHED, FAILED, KILLED."""
+    def end(self, recipe: Recipe, run_id: str, status: str) -> None:
+        """End the MLflow run of our run, if it was ever begun. `status` is FINISHED, FAILED or KILLED."""
         with self._client("cannot end the run") as client:
-            client.set_terminated(tracked.run_id, status)
+            experiment = client.get_experiment_by_name(_experiment_name(recipe))
+            run = _run_of(client, experiment.experiment_id, run_id) if experiment else None
+            if run:
+                client.set_terminated(run.info.run_id, status)
 
     def _experiment(self, client: Any, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -225,6 +230,15 @@ def git_commit(root: Path) -> str:
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _experiment_name(recipe: Recipe) -> str:
+    return recipe.tracking.experiment or recipe.model
+
+
+def _run_of(client: Any, experiment: str, run_id: str) -> Any:
+    found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+    return found[0] if found else None
 
 
 def _run_tags(facts: RunFacts) -> dict[str, str]:

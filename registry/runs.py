@@ -22,7 +22,10 @@ ACTIVE = ("submitted", "running")
 
 @dataclass(frozen=True)
 class Run:
-    """One durable execution of a recipe. `refused` means that the gate did not let its version through."""
+    """One durable execution of a recipe.
+
+    State `refused` means that the gate did not let its version through; `told` is the end that MLflow was told of.
+    """
 
     id: str
     recipe: str
@@ -38,6 +41,7 @@ class Run:
     finished: float | None
     error: dict[str, Any] | None
     result: dict[str, Any]
+    told: str | None
 
     @property
     def active(self) -> bool:
@@ -156,9 +160,27 @@ def finish(store: Store, run_id: str, state: State, error: FtError | None = None
 
 
 def reopen(store: Store, run_id: str) -> None:
-    """A failed or cancelled run goes on (`ft resume`)."""
+    """A failed or cancelled run goes on (`ft resume`). How long it lay stopped is added up in its result."""
     with store.writing() as connection:
-        connection.execute("UPDATE runs SET state = 'running', finished = NULL, error = NULL WHERE id = ?", (run_id,))
+        row = connection.execute("SELECT finished, result FROM runs WHERE id = ?", (run_id,)).fetchone()
+        result = json.loads(row["result"] or "{}")
+        if row["finished"] is not None:
+            result["stopped"] = result.get("stopped", 0.0) + time.time() - row["finished"]
+        connection.execute(
+            "UPDATE runs SET state = 'running', finished = NULL, error = NULL, told = NULL, result = ? WHERE id = ?",
+            (dump(result), run_id),
+        )
+
+
+def untold(store: Store) -> list[Run]:
+    """Failed and cancelled runs whose end MLflow was not told of yet."""
+    rows = store.read("SELECT * FROM runs WHERE state IN ('failed', 'cancelled') AND told IS NOT state")
+    return [_run(row) for row in rows]
+
+
+def mark_told(store: Store, run: Run) -> None:
+    with store.writing() as connection:
+        connection.execute("UPDATE runs SET told = ? WHERE id = ?", (run.state, run.id))
 
 
 def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:

@@ -53,7 +53,11 @@ MIGRATIONS = [
     CREATE TABLE scores (
         key TEXT PRIMARY KEY, body TEXT NOT NULL, created REAL NOT NULL);
     """,
-    "ALTER TABLE verdicts ADD COLUMN projected INTEGER NOT NULL DEFAULT 0",
+    # What MLflow was told of: it may be away when a verdict is given or a run ends.
+    """
+    ALTER TABLE verdicts ADD COLUMN projected INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN told TEXT;
+    """,
 ]
 
 

@@ -169,7 +169,7 @@ def test_verdict_scores_aliases_and_the_end_are_shown(tracker: Tracker, adapter:
         tracker.log_scores(tracked, {"candidate": {"exact_match": 0.8}, "base": {"exact_match": 0.1}})
         tracker.tag_verdict("tickets", version, "pass", {"checks": [{"name": "min", "ok": True}] * 5000})
         tracker.set_alias("tickets", "champion", version)
-        tracker.end(tracked, "FINISHED")
+        tracker.end(RECIPE, FACTS.run_id, "FINISHED")
     client = client_of(tracker)
     run = client.get_run(tracked.run_id)
     assert run.data.metrics["test/candidate/exact_match"] == 0.8
@@ -177,6 +177,17 @@ def test_verdict_scores_aliases_and_the_end_are_shown(tracker: Tracker, adapter:
     assert run.info.status == "FINISHED"
     champion = client.get_model_version_by_alias("tickets", "champion")
     assert (int(champion.version), champion.tags["ft.verdict"]) == (version, "pass")
+
+
+def test_a_run_that_failed_is_on_again_when_it_is_resumed(tracker: Tracker) -> None:
+    tracker.end(RECIPE, FACTS.run_id, "FAILED")  # never begun, so there is nothing to end
+    tracked = tracker.begin(FACTS)
+    client = client_of(tracker)
+    for status in ("FAILED", "KILLED"):
+        tracker.end(RECIPE, FACTS.run_id, status)
+        assert client.get_run(tracked.run_id).info.status == status
+        assert tracker.begin(FACTS) == tracked
+        assert client.get_run(tracked.run_id).info.status == "RUNNING"
 
 
 def test_where_it_is_logged(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

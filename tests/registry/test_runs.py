@@ -88,8 +88,12 @@ def test_a_run_ends_once(store: Store) -> None:
 def test_a_reopened_run_goes_on_and_ends_again(store: Store) -> None:
     run = submitted(store)
     runs.finish(store, run.id, "failed", JobError("it broke"))
+    time.sleep(0.05)
     runs.reopen(store, run.id)
-    assert runs.get(store, run.id).error is None
+    runs.reopen(store, run.id)  # the command and the worker both do
+    again = runs.get(store, run.id)
+    assert (again.error, again.active) == (None, True)
+    assert 0.05 <= again.result["stopped"] < 5
     runs.finish(store, run.id, "succeeded")
     types = [event.type for event in read(store, subject=run.id)]
     assert types == ["run.submitted", "run.failed", "run.finished"]
@@ -139,3 +143,15 @@ def test_steps_count_their_attempts(store: Store) -> None:
     found = [(step.name, step.attempt, step.finished is None, step.note) for step in runs.steps(store, run.id)]
     assert (first, second) == (1, 2)
     assert found == [("train", 1, True, {}), ("train", 2, False, {"spent": {"training": 2.0}}), ("judge", 1, True, {})]
+
+
+def test_bad_ends_are_told_once_and_again_after_a_resume(store: Store) -> None:
+    run = submitted(store)
+    assert runs.untold(store) == []
+    runs.finish(store, run.id, "failed", JobError("it broke"))
+    [ended] = runs.untold(store)
+    runs.mark_told(store, ended)
+    assert runs.untold(store) == []
+    runs.reopen(store, run.id)
+    runs.finish(store, run.id, "cancelled")
+    assert [each.state for each in runs.untold(store)] == ["cancelled"]
