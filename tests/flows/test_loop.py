@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from registry import adapters, runs
 from registry.events import read
 from tests.flows.conftest import Person
+from tests.mlflow_server import free_port, mlflow_server
 
 # MLflow uses what SQLAlchemy calls deprecated.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -20,11 +25,21 @@ pytestmark = pytest.mark.filterwarnings("default")
 @pytest.mark.engine
 @pytest.mark.training
 @pytest.mark.timeout(1200)
-def test_two_versions_swap_and_rollback(person: Person) -> None:
-    first = person.json("run", "recipes/tickets.yaml")
+def test_two_versions_swap_and_rollback(person: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    run_id = person.ft("run", "recipes/tickets.yaml", "--detach").strip()
+    _wait(lambda: runs.get(person.store, run_id).stage == "waiting for MLflow", "it trains while MLflow is away")
+    with mlflow_server(port, tmp_path / "mlflow"):
+        _wait(lambda: not runs.get(person.store, run_id).active, "it goes on when MLflow is there")
+        _rest_of_the_story(person, person.json("show", run_id))
+        _check_records(person, f"http://127.0.0.1:{port}", run_id)
+
+
+def _rest_of_the_story(person: Person, first: Any) -> None:
     assert first["state"] == "succeeded"
     assert first["result"]["version"] == 1
-    assert set(first["result"]["scores"]) == {"candidate", "base"}
+    assert set(first["result"]["scores"]) == set(first["result"]["probes"]) == {"candidate", "base"}
     person.ft("serve", "up")
     assert _version_that_answers(person) == "tickets@1"
 
@@ -40,10 +55,9 @@ def test_two_versions_swap_and_rollback(person: Person) -> None:
     assert not callers.problems
     assert callers.versions["tickets@1"], "the version before answers again"
     assert _version_that_answers(person) == "tickets@1"
-    _check_records(person)
 
 
-def _check_records(person: Person) -> None:
+def _check_records(person: Person, mlflow: str, first_run: str) -> None:
     """One version a run, one move a run, nothing finished twice, and MLflow says the same."""
     from mlflow import MlflowClient
 
@@ -57,11 +71,19 @@ def _check_records(person: Person) -> None:
     assert served == ["tickets@1", "tickets@2", "tickets@1"]
     for run in runs.listed(store):
         assert {step.attempt for step in runs.steps(store, run.id)} == {1}
-    client = MlflowClient(f"sqlite:///{person.project.home}/mlflow.db")
-    assert {each.version for each in client.search_model_versions("name = 'tickets'")} == {1, 2} or {
-        each.version for each in client.search_model_versions("name = 'tickets'")
-    } == {"1", "2"}
-    assert str(client.get_model_version_by_alias("tickets", "champion").version) == "1"
+    client = MlflowClient(mlflow)
+    assert {int(each.version) for each in client.search_model_versions("name = 'tickets'")} == {1, 2}
+    assert int(client.get_model_version_by_alias("tickets", "champion").version) == 1
+    run = client.get_run(client.get_model_version("tickets", "1").run_id)
+    assert (run.data.tags["ft.run"], run.info.status) == (first_run, "FINISHED")
+    assert [each.step for each in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
+
+
+def _wait(over: Callable[[], bool], what: str, seconds: float = 400) -> None:
+    end = time.monotonic() + seconds
+    while not over():
+        assert time.monotonic() < end, what
+        time.sleep(0.5)
 
 
 def _version_that_answers(person: Person) -> str:

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +18,7 @@ from registry.manifest import broken_files, write_manifest
 from registry.mlflow_store import RUN_TAG, RunFacts, Tracker, environment, git_commit
 from registry.project import Project
 from registry.recipe import Finetune
-from tests.conftest import started
+from tests.mlflow_server import free_port, mlflow_server
 
 # MLflow and SQLAlchemy warn of their own deprecations, which are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -237,35 +230,3 @@ def test_the_commit_says_whether_files_differ_from_it(tmp_path: Path) -> None:
 def test_the_environment_has_the_versions_that_decide() -> None:
     found = environment()
     assert {"python", "platform", "mlflow", "dvc"} <= found.keys()
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-@contextmanager
-def mlflow_server(port: int, folder: Path) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", str(folder)]
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (folder / "log.txt").open("a") as log, started(command, env=env, cwd=folder, stdout=log, stderr=log) as server:
-        end = time.monotonic() + 120
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None, (folder / "log.txt").read_text()
-            assert time.monotonic() < end, "the server did not come up"
-            time.sleep(0.1)
-        yield
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
