@@ -50,8 +50,9 @@ kills: setup
 	$(BIN)/ft init .ft/kills
 	$(BIN)/python -m tests.flows.kills .ft/kills 10 $(or $(SEED),1)
 
-docs: setup ## What is generated: the recipes' schema, the picture of a run
+docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json
+	$(BIN)/python -m registry.event_types > docs/events.md
 	test ! -f $(DEMO).log || $(BIN)/python docs/make_picture.py $(DEMO).log docs/run.svg
 
 # Made without find-links, so that no path or address of this machine gets in.

@@ -155,14 +155,15 @@ def _write(folder: Path, splits: Splits, facts: dict[str, Any]) -> None:
 
 def _announce(project: Project, version: Pinned) -> str | None:
     """Copy the version to the default remote and append the event; the remote's name."""
+    from cli.waking import noticing
     from registry.dataset_versions import push
-    from registry.events import append, new_event
+    from registry.seen import git_branch, note_value
     from registry.store import open_store
 
     remote = push(project, version)
-    data = {"hash": version.hash, "rows": version.rows}
-    key = f"{version.path}@{version.hash}"
-    append(open_store(project), new_event("ft/data", "dataset.versioned", version.path, data, key=key))
+    data = {"hash": version.hash, "rows": version.rows, "branch": git_branch(project.root)}
+    with noticing(project):
+        note_value(open_store(project), "dataset", version.path, version.hash, "dataset.versioned", data)
     return remote
 
 

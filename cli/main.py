@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "rollback": ("cli.rollback", "rollback", "Make the previous champion answer again"),
     "serve": ("cli.serve", "app", "Start and stop the gateway and its vLLM"),
     "ask": ("cli.ask", "ask", "Ask a served model"),
+    "events": ("cli.events", "app", "What happened, what followed from it, and why"),
     "worker": ("cli.worker", "worker", "Run the worker in the foreground"),
     "doctor": ("cli.doctor", "doctor", "Say what is missing on this machine, and what settings are in force"),
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from jobs.steps import Bench, State, Value
 from registry.errors import TrackerError
-from registry.events import append, new_event
+from registry.events import RUNS, append, by_run, new_event
 from registry.job_folder import JobFolder
 from registry.mlflow_store import RunFacts, Tracked, Tracker, tracker_for
 from registry.project import Project
@@ -32,7 +32,8 @@ async def keep_telling(bench: Bench, run_id: str, plan: State) -> None:
             tracker, tracked = begun
             await asyncio.to_thread(tracker.send_progress, tracked, job)
         except TrackerError as error:
-            away = new_event("ft/runs", "run.tracker_away", run_id, error.as_dict(), key=f"{run_id}/away")
+            away = new_event(RUNS, "run.tracker_away", run_id, error.as_dict(), key=f"{run_id}/away",
+                             cause=by_run(run_id))  # fmt: skip
             append(bench.store, away)
 
 

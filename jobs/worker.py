@@ -9,6 +9,7 @@ import time
 import traceback
 
 from jobs import runtime
+from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import bind, let_go
 from jobs.tell_mlflow import tell_of_ends
 from jobs.worker_process import close_gate, take_worker_lock
@@ -44,9 +45,9 @@ def work(project: Project, *, forever: bool = False) -> None:
     bind(project, store, settings)
     runtime.launch(project)
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
-    changes, busy_at = Changes(store), time.monotonic()
+    changes, busy_at, dispatcher = Changes(store), time.monotonic(), Dispatcher(project, store)
     while True:
-        if _look(store):
+        if _look(store, dispatcher):
             busy_at = time.monotonic()
         idle = time.monotonic() - busy_at
         if not forever and idle > settings.worker_idle_seconds and _may_end(project, store):
@@ -54,11 +55,12 @@ def work(project: Project, *, forever: bool = False) -> None:
         changes.wait(QUIET_SECONDS, LOOK_SECONDS)
 
 
-def _look(store: Store) -> bool:
-    """One look at the run rows; True while there is work. An error here must not end the worker."""
+def _look(store: Store, dispatcher: Dispatcher) -> bool:
+    """One look at the events and the run rows; True while there is work. An error here must not end the worker."""
     try:
+        news = dispatcher.work()
         runtime.agree(store, let_go)
-        return bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
+        return bool(news) or bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
     except Exception:
         traceback.print_exc()
         time.sleep(1)
@@ -70,7 +72,7 @@ def _may_end(project: Project, store: Store) -> bool:
     gate = close_gate(project)
     if gate is None:
         return False
-    if runs.listed(store, active=True, limit=1) or _has_wishes(store):
+    if runs.listed(store, active=True, limit=1) or _has_wishes(store) or has_news(store):
         os.close(gate)
         return False
     return True  # the gate stays closed until this process is gone, and the worker's lock with it

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from registry.errors import Conflict, GateClosed, NotFound
-from registry.events import append_within, new_event
+from registry.events import append_within, by_run, new_event
 from registry.store import Store, dump
 
 
@@ -77,7 +77,8 @@ def add_version(store: Store, model: str, version: int, run_id: str, folder: str
                 (model, version, run_id, folder, dump(body), time.time()),
             )
             _set_alias(connection, model, "candidate", version)
-            event = new_event("ft/adapters", "adapter.registered", f"{model}@{version}", {"run": run_id}, key=run_id)
+            event = new_event("ft/adapters", "adapter.registered", f"{model}@{version}", {"run": run_id}, key=run_id,
+                              cause=by_run(run_id))  # fmt: skip
             append_within(connection, event)
     return version_of_run(store, run_id)
 
@@ -126,7 +127,8 @@ def add_verdict(
             (model, version, outcome, dump(body), run_id, time.time()),
         )
         data = {"outcome": outcome, "verdict": done.lastrowid}
-        append_within(connection, new_event("ft/gates", "adapter.judged", f"{model}@{version}", data))
+        event = new_event("ft/gates", "adapter.judged", f"{model}@{version}", data, cause=by_run(run_id))
+        append_within(connection, event)
     found = last_verdict(store, model, version)
     assert found is not None
     return found
@@ -235,7 +237,8 @@ def _move(connection: sqlite3.Connection, move: Promotion) -> Promotion:
         _set_alias(connection, move.model, "previous", move.from_version)
     type_ = "adapter.promoted" if move.kind == "promote" else "adapter.rolled_back"
     data = {"from": move.from_version, "by": move.by_whom, "reason": move.reason, "run": move.run_id}
-    event = new_event("ft/adapters", type_, f"{move.model}@{move.version}", data, key=str(done.lastrowid))
+    event = new_event("ft/adapters", type_, f"{move.model}@{move.version}", data, key=str(done.lastrowid),
+                      cause=by_run(move.run_id))  # fmt: skip
     append_within(connection, event)
     return replace(move, id=int(done.lastrowid or 0))
 

@@ -1,4 +1,8 @@
-"""The append-only event log, with the attributes of CloudEvents 1.0."""
+"""The append-only event log, with the attributes of CloudEvents 1.0.
+
+An event is appended once, however often it comes: (source, id) is its name. SQLite gives `seq` in the order of commits,
+because every append locks the file before it takes a number; so a cursor that has passed a number never misses one.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,17 @@ import sqlite3
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from registry.store import Store, dump
 
+RUNS = "ft/runs"
+
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the log. `cause` is the `source/id` of the event that led to it, if any."""
+    """One line of the log. `cause` is the `ref` of the event that led to it, if any."""
 
     source: str
     id: str
@@ -25,10 +32,32 @@ class Event:
     cause: str | None = None
     seq: int = 0
 
+    @property
+    def ref(self) -> str:
+        """Its name in the log; a source is a URI reference, so it has no spaces."""
+        return f"{self.source} {self.id}"
 
-def new_event(source: str, type_: str, subject: str, data: dict[str, Any], *, key: str = "") -> Event:
+    def as_dict(self) -> dict[str, Any]:
+        """As CloudEvents JSON, with `ftcause` and `ftseq` as extensions."""
+        when = datetime.fromtimestamp(self.time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        found = {
+            "specversion": "1.0", "id": self.id, "source": self.source, "type": self.type, "subject": self.subject,
+            "time": when, "datacontenttype": "application/json", "data": self.data, "ftcause": self.cause,
+            "ftseq": self.seq,
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def new_event(
+    source: str, type_: str, subject: str, data: dict[str, Any], *, key: str = "", cause: str | None = None
+) -> Event:
     """An event of now. The same `key` from the same source is the same event, however often it is appended."""
-    return Event(source, key or uuid.uuid4().hex, type_, subject, time.time(), data)
+    return Event(source, key or uuid.uuid4().hex, type_, subject, time.time(), data, cause)
+
+
+def by_run(run_id: str | None) -> str | None:
+    """The cause of what a run does: the event that it was submitted."""
+    return f"{RUNS} {run_id}" if run_id else None
 
 
 def append(store: Store, event: Event) -> bool:
@@ -52,4 +81,61 @@ def read(store: Store, *, after: int = 0, type_: str = "", subject: str = "", li
         "SELECT * FROM events WHERE seq > ? AND (? = '' OR type = ?) AND (? = '' OR subject = ?) ORDER BY seq LIMIT ?",
         (after, type_, type_, subject, subject, limit),
     )
-    return [Event(**{**row, "data": json.loads(row["data"])}) for row in rows]
+    return [_event(row) for row in rows]
+
+
+def newest(store: Store, count: int, *, type_: str = "", subject: str = "") -> list[Event]:
+    """The last so many events in order; filters as in `read`."""
+    rows = store.read(
+        "SELECT * FROM events WHERE (? = '' OR type = ?) AND (? = '' OR subject = ?) ORDER BY seq DESC LIMIT ?",
+        (type_, type_, subject, subject, count),
+    )
+    return [_event(row) for row in reversed(rows)]
+
+
+def find(store: Store, id_: str) -> list[Event]:
+    """The events of that id (or sequence number), of whatever source."""
+    rows = store.read("SELECT * FROM events WHERE id = ? OR seq = ?", (id_, int(id_) if id_.isdigit() else -1))
+    return [_event(row) for row in rows]
+
+
+def causes(store: Store, event: Event) -> list[Event]:
+    """What led to the event: its cause, the cause of that, and so on to the first of all."""
+    found: list[Event] = []
+    while event.cause and event.ref not in {each.ref for each in found[:-1]}:
+        source, _, id_ = event.cause.partition(" ")
+        row = store.first("SELECT * FROM events WHERE source = ? AND id = ?", (source, id_))
+        if row is None:
+            break
+        event = _event(row)
+        found.append(event)
+    return found
+
+
+def cursor(store: Store, name: str) -> int:
+    """How far a reader has come: the sequence number of the last event that it has done with."""
+    row = store.first("SELECT seq FROM cursors WHERE name = ?", (name,))
+    return int(row["seq"]) if row else 0
+
+
+def cursor_within(connection: sqlite3.Connection, name: str) -> int:
+    """The same in a transaction of the caller's."""
+    row = connection.execute("SELECT seq FROM cursors WHERE name = ?", (name,)).fetchone()
+    return int(row["seq"]) if row else 0
+
+
+def advance(store: Store, name: str, seq: int) -> None:
+    with store.writing() as connection:
+        advance_within(connection, name, seq)
+
+
+def advance_within(connection: sqlite3.Connection, name: str, seq: int) -> None:
+    """Move a reader on, in the transaction that does what its events asked for."""
+    connection.execute(
+        "INSERT INTO cursors (name, seq) VALUES (?,?) ON CONFLICT (name) DO UPDATE SET seq = max(seq, excluded.seq)",
+        (name, seq),
+    )
+
+
+def _event(row: Any) -> Event:
+    return Event(**{**row, "data": json.loads(row["data"])})

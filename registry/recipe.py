@@ -13,16 +13,17 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from registry.errors import RecipeError
+from registry.recipe_part import VARIABLE, Part, Text
+from registry.triggers import Triggers
 
 MAX_BYTES = 1_000_000
 NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # The metrics of each task, the one that a gate looks at first.
 METRICS = {
     "label": ("exact_match", "macro_f1"),
@@ -31,20 +32,6 @@ METRICS = {
 }
 # vLLM accepts only these as --max-lora-rank (vllm/config/lora.py, 0.32).
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
-
-
-def _no_variable(text: str) -> str:
-    if VARIABLE.search(text):
-        raise ValueError("an environment variable belongs only where a secret or an address does")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_no_variable)]
-
-
-class Part(BaseModel):
-    # Infinite numbers would come back from JSON as null.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Base(Part):
@@ -166,6 +153,7 @@ class Finetune(Part):
     serve: Serve = Serve()
     card: Text = Field("auto", description="auto, cpu, or a card as `ft doctor` names it", examples=["auto", "cuda:0"])
     tracking: Tracking = Tracking()
+    on: Triggers | None = Field(None, description="Events that start a run; without it a person does")
 
     @model_validator(mode="after")
     def _metric_is_of_the_task(self) -> Finetune:
@@ -254,17 +242,28 @@ def _nearest_file(path: Path) -> str:
     return f"did you mean {near[0]}?" if near else f"there is: {', '.join(found) or 'none yet; see `ft init`'}"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: in 1.1 the key `on` is True, and so are the labels yes and on."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in each if tag != "tag:yaml.org,2002:bool"]
+    for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+
+
 def _parse(path: Path, text: str) -> tuple[yaml.Node | None, Any]:
     try:
         for token in yaml.scan(text):
             if isinstance(token, yaml.AliasToken):
                 line = token.start_mark.line + 1
                 raise RecipeError("YAML aliases (*name) are not allowed in recipes", place=f"{path}:{line}")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         repeated = list(_repeated_keys(path, node))
         if repeated:
             raise RecipeError("\n".join(repeated))
-        return node, yaml.safe_load(text)
+        return node, yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"not valid YAML: {error.problem}", place=f"{path}:{line}") from error
@@ -320,10 +319,17 @@ def _line(node: yaml.Node | None, place: tuple[Any, ...]) -> int:
 
 
 def _nearest_key(place: tuple[Any, ...]) -> str:
-    part: Any = Finetune
+    part: type[Part] | None = Finetune
     for name in place[:-1]:
-        field = part.model_fields.get(name) if isinstance(part, type) and issubclass(part, Part) else None
-        part = field.annotation if field else None
-    keys = list(part.model_fields) if isinstance(part, type) and issubclass(part, Part) else []
+        field = part.model_fields.get(str(name)) if part and not isinstance(name, int) else None
+        part = _part_in(field.annotation) if field else part if isinstance(name, int) else None
+    keys = list(part.model_fields) if part else []
     near = difflib.get_close_matches(str(place[-1]), keys, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(keys)}" if keys else ""
+
+
+def _part_in(annotation: Any) -> type[Part] | None:
+    """The part in `Part`, `Part | None` or `list[Part]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        return annotation
+    return next(filter(None, map(_part_in, get_args(annotation))), None)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import secrets
+import sqlite3
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from registry.errors import Conflict, FtError, NotFound
-from registry.events import append_within, new_event
+from registry.events import RUNS, append_within, by_run, new_event
 from registry.store import Store, dump
 
 State = Literal["submitted", "running", "succeeded", "refused", "failed", "cancelled"]
@@ -64,7 +65,6 @@ def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, 
     """Write the row of a new run. Raises Conflict while another run of the recipe is on, unless `queue`."""
     name, run_id = str(recipe["name"]), f"{recipe['name']}-{secrets.token_hex(5)}"
     with store.writing() as connection:
-        now = time.time()  # under the lock, so that the order of `created` is the order in which runs are seen
         on = connection.execute(
             "SELECT id FROM runs WHERE recipe = ? AND state IN ('submitted', 'running')", (name,)
         ).fetchone()
@@ -75,13 +75,28 @@ def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, 
                 fix=f"watch it with `ft logs -f {on['id']}`, stop it with `ft cancel {on['id']}`, "
                 "or wait behind it with `ft run --queue`",
             )
-        connection.execute(
-            "INSERT INTO runs (id, recipe, model, digest, recipe_path, body, state, created) "
-            "VALUES (?,?,?,?,?,?,'submitted',?)",
-            (run_id, name, recipe["model"], digest, recipe_path, dump(recipe), now),
-        )
-        append_within(connection, new_event("ft/runs", "run.submitted", run_id, {"recipe": name}, key=run_id))
+        submit_within(connection, run_id, recipe, recipe_path, digest)
     return get(store, run_id)
+
+
+def submit_within(
+    connection: sqlite3.Connection,
+    run_id: str,
+    recipe: dict[str, Any],
+    recipe_path: str,
+    digest: str,
+    cause: str | None = None,
+) -> None:
+    """Write the row in a transaction of the caller's. Nothing happens if there is a run of that id."""
+    now = time.time()  # under the lock, so that the order of `created` is the order in which runs are seen
+    done = connection.execute(
+        "INSERT OR IGNORE INTO runs (id, recipe, model, digest, recipe_path, body, state, created) "
+        "VALUES (?,?,?,?,?,?,'submitted',?)",
+        (run_id, recipe["name"], recipe["model"], digest, recipe_path, dump(recipe), now),
+    )
+    if done.rowcount:
+        data = {"recipe": recipe["name"]}
+        append_within(connection, new_event(RUNS, "run.submitted", run_id, data, key=run_id, cause=cause))
 
 
 def get(store: Store, run_id: str) -> Run:
@@ -156,7 +171,7 @@ def finish(store: Store, run_id: str, state: State, error: FtError | None = None
         )
         if done.rowcount:
             data = {"state": state, **(error.as_dict() if error else {})}
-            append_within(connection, new_event("ft/runs", f"run.{_event(state)}", run_id, data))
+            append_within(connection, new_event(RUNS, f"run.{_event(state)}", run_id, data, cause=by_run(run_id)))
 
 
 def reopen(store: Store, run_id: str) -> None:

@@ -58,6 +58,20 @@ MIGRATIONS = [
     ALTER TABLE verdicts ADD COLUMN projected INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE runs ADD COLUMN told TEXT;
     """,
+    # Events that start runs: how far each reader has come, what was decided, what was last seen of each source.
+    """
+    CREATE TABLE cursors (name TEXT PRIMARY KEY, seq INTEGER NOT NULL);
+    INSERT INTO cursors SELECT 'triggers', coalesce(max(seq), 0) FROM events;
+    CREATE TABLE decisions (
+        seq INTEGER NOT NULL, recipe TEXT NOT NULL, fired INTEGER NOT NULL, reason TEXT NOT NULL,
+        run_id TEXT, replaces TEXT, created REAL NOT NULL, PRIMARY KEY (seq, recipe));
+    CREATE INDEX decisions_by_run ON decisions (run_id);
+    CREATE TABLE seen (
+        kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, count INTEGER NOT NULL,
+        PRIMARY KEY (kind, name));
+    CREATE INDEX events_by_type ON events (type, seq);
+    CREATE INDEX events_by_subject ON events (subject, seq);
+    """,
 ]
 
 

@@ -157,7 +157,8 @@ class Reconciler:
         name = f"{moved.model}@{moved.version}"
         swap = next((each for each in reversed(self.swaps) if each["version"] == name), {"at": time.time()})
         data = {**swap, "since_promotion": round(max(0.0, swap["at"] - moved.created), 3)}
-        append(self.store, new_event("ft/serving", "adapter.served", name, data, key=f"served-{moved.id}"))
+        append(self.store, new_event("ft/serving", "adapter.served", name, data, key=f"served-{moved.id}",
+                                     cause=f"ft/adapters {moved.id}"))  # fmt: skip
 
     def _note_refusal(self, version: Version, error: AdmissionError) -> int:
         """Append the event; the id of the move that it answers."""
@@ -166,7 +167,8 @@ class Reconciler:
         data = {"reason": error.what, "place": error.place, "parity": numbers}
         move = moved.id if moved else 0
         key = f"refused-{version.name}-{move}"
-        append(self.store, new_event("ft/serving", "adapter.refused", version.name, data, key=key))
+        cause = f"ft/adapters {move}" if move else None
+        append(self.store, new_event("ft/serving", "adapter.refused", version.name, data, key=key, cause=cause))
         return move
 
 

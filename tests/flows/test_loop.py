@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from registry import adapters, runs
+from registry.event_types import TYPES
 from registry.events import read
 from tests.flows.conftest import Person
 from tests.mlflow_server import free_port, mlflow_server
@@ -67,6 +69,9 @@ def _check_records(person: Person, mlflow: str, first_run: str) -> None:
         ("promote", 1), ("promote", 2), ("rollback", 1),
     ]  # fmt: skip
     assert adapters.get_version(store, "tickets", 2).rolled_back
+    for event in read(store):
+        Draft202012Validator(TYPES[event.type].schema()).validate(event.data)
+        assert event.cause or event.type in ("run.submitted", "adapter.rolled_back"), "a person did the rest"
     served = [event.subject for event in read(store, type_="adapter.served")]
     assert served == ["tickets@1", "tickets@2", "tickets@1"]
     for run in runs.listed(store):

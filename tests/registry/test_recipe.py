@@ -29,10 +29,10 @@ CHECK = "`ft recipe schema` lists every key; then `ft recipe check {path}`"
 # What is added to GOOD (or stands for it), and the message, where {path} is the file.
 ADDED = [
     ("xyz: 1\n", "{path}:7: xyz: unknown key; there are: kind, name, model, description, use, base, data, train, "
-     "evaluate, gate, promote, serve, card, tracking"),
+     "evaluate, gate, promote, serve, card, tracking, on"),
     ("trian: {}\n", "{path}:7: trian: unknown key; did you mean 'train'?"),
     ("finetune: {}\n", "{path}:7: finetune: unknown key; there are: kind, name, model, description, use, base, data, "
-     "train, evaluate, gate, promote, serve, card, tracking"),
+     "train, evaluate, gate, promote, serve, card, tracking, on"),
     ("train:\n  learnin_rate: 1\n", "{path}:8: train.learnin_rate: unknown key; did you mean 'learning_rate'?"),
     ("train:\n  lora:\n    rnak: 8\n", "{path}:9: train.lora.rnak: unknown key; did you mean 'rank'?"),
     ("train:\n  lora: {rank: 12}\n",
@@ -234,3 +234,27 @@ def test_any_recipe_written_out_and_read_again_is_the_same(plain: dict[str, Any]
     assert again == loaded
     assert digest(again) == digest(loaded)
     jsonschema.validate(plain, recipe_schema())
+
+
+def test_on_is_a_key_and_yes_a_word_as_in_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "support.yaml"
+    path.write_text(
+        "kind: finetune\nbase: x/y\ndata: {path: d}\nevaluate: {task: label, labels: [yes, no, on]}\n"
+        "on:\n  dataset: true\n  event:\n    - type: external.go\n      where: {dry: false, who: off}\n"
+    )
+    loaded = load_recipe(path)
+    assert loaded.evaluate.labels == ["yes", "no", "on"]
+    assert loaded.on is not None
+    assert (loaded.on.dataset, loaded.on.event[0].where) == (True, {"dry": False, "who": "off"})
+
+
+def test_a_wrong_trigger_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "support.yaml"
+    path.write_text(
+        "kind: finetune\nbase: x/y\ndata: {path: d}\nevaluate: {task: label}\non:\n  datset: true\n"
+        "  schedule:\n    - 0 0 30 2 *\n  if_running: wait\n"
+    )
+    said = message_of(path)
+    assert f"{path}:6: on.datset: unknown key; did you mean 'dataset'?" in said
+    assert f"{path}:8: on.schedule.0: never fires: '0 0 30 2 *'" in said
+    assert f"{path}:9: on.if_running: " in said

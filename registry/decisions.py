@@ -1,0 +1,102 @@
+"""Decisions: which event started which run, which did not, and why. Written in one transaction with what they do.
+
+A decision is never taken twice: (event, recipe) is its key, and the reader's cursor moves in the same transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from registry import runs
+from registry.events import Event, advance_within, causes, cursor_within
+from registry.store import Store
+from registry.triggers import UNITS, Decision, Past, Subscriber
+
+CURSOR = "triggers"
+
+
+def past_of(store: Store, subscriber: Subscriber, event: Event, now: float) -> Past:
+    """What the decision rests on."""
+    begun = store.read(
+        "SELECT created FROM runs WHERE recipe = ? AND created > ? "
+        "UNION SELECT max(created) FROM runs WHERE recipe = ?",
+        (subscriber.name, now - UNITS["d"], subscriber.name),
+    )
+    times = tuple(float(row["created"]) for row in begun if row["created"] is not None)
+    active = runs.listed(store, active=True, recipe=subscriber.name, limit=1)
+    return Past(
+        active=active[0].id if active else None,
+        begun=times,
+        feedback=_feedback(store, subscriber, event, max(times, default=0.0)),
+        chain=_chain(store, event),
+    )
+
+
+def settle(
+    store: Store, event: Event, decisions: Sequence[Decision], recipes: dict[str, dict[str, Any]], seen: int
+) -> bool:
+    """Write the decisions, submit the runs and move the cursor on: all of it or nothing.
+
+    `recipes` has what `runs.submit_within` needs (recipe, recipe_path, digest) by the recipe's name. False, and nothing
+    done, if the cursor is no longer at `seen`: then somebody else decided, and the past is not what it was.
+    """
+    with store.writing() as connection:
+        if cursor_within(connection, CURSOR) != seen:
+            return False
+        for each in decisions:
+            _write(connection, event, each)
+            if each.replaces:
+                connection.execute("UPDATE runs SET wish = 'cancel' WHERE id = ?", (each.replaces,))
+            if each.run_id:
+                runs.submit_within(connection, each.run_id, **recipes[each.recipe], cause=event.ref)
+        advance_within(connection, CURSOR, event.seq)
+        return True
+
+
+def decisions_on(store: Store, event: Event) -> list[Decision]:
+    return [_decision(row) for row in store.read("SELECT * FROM decisions WHERE seq = ? ORDER BY recipe", (event.seq,))]
+
+
+def decision_for(store: Store, run_id: str) -> tuple[int, Decision] | None:
+    """The event's sequence number and the decision that started the run; None where a person did."""
+    row = store.first("SELECT * FROM decisions WHERE run_id = ?", (run_id,))
+    return (int(row["seq"]), _decision(row)) if row else None
+
+
+def _write(connection: sqlite3.Connection, event: Event, decision: Decision) -> None:
+    connection.execute(
+        "INSERT INTO decisions (seq, recipe, fired, reason, run_id, replaces, created) VALUES (?,?,?,?,?,?,?)",
+        (event.seq, decision.recipe, decision.fired, decision.reason, decision.run_id, decision.replaces, time.time()),
+    )
+
+
+def _decision(row: dict[str, Any]) -> Decision:
+    return Decision(row["recipe"], bool(row["fired"]), row["reason"], row["run_id"], row["replaces"])
+
+
+def _feedback(store: Store, subscriber: Subscriber, event: Event, last_run: float) -> int:
+    wanted = subscriber.on.feedback
+    if wanted is None or event.type != "feedback.received":
+        return 0
+    rows = store.read(
+        "SELECT data FROM events WHERE type = 'feedback.received' AND seq <= ? AND time > ? "
+        "AND (subject = ? OR subject LIKE ? || '@%')",
+        (event.seq, last_run if wanted.since_last_run else 0.0, subscriber.model, subscriber.model),
+    )
+    ratings = [json.loads(row["data"]).get("rating") for row in rows]
+    if wanted.min_rating is None:
+        return len(ratings)
+    return sum(1 for each in ratings if isinstance(each, int | float) and each >= wanted.min_rating)
+
+
+def _chain(store: Store, event: Event) -> tuple[str, ...]:
+    """Recipes whose runs led to the event, the first first."""
+    return tuple(
+        str(each.data["recipe"])
+        for each in reversed([event, *causes(store, event)])
+        if each.type == "run.submitted" and "recipe" in each.data
+    )

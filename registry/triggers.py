@@ -1,0 +1,213 @@
+"""Triggers: `on:` in a recipe, and the decision whether an event starts a run of it. Pure: nothing is read or written.
+
+`decide` gets what is known of the recipe's past in `Past`, so that every rule can be tested as a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from fnmatch import fnmatch
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, available_timezones
+
+from croniter import CroniterBadCronError, CroniterBadDateError, croniter
+from pydantic import AfterValidator, Field, model_validator
+
+from registry.events import Event
+from registry.recipe_part import Part, Text
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _cron(line: str) -> str:
+    """A cron line of five fields that fires at least once."""
+    if len(line.split()) != 5:
+        raise ValueError(f"a cron line has five fields (minute hour day month weekday): {line!r}")
+    try:
+        croniter(line, datetime(2026, 1, 1)).get_next()
+    except CroniterBadCronError as error:
+        raise ValueError(f"no cron line: {error}") from error
+    except CroniterBadDateError as error:
+        raise ValueError(f"never fires: {line!r}") from error
+    return line
+
+
+def _duration(text: str) -> str:
+    if not re.fullmatch(r"\d+[smhd]", text):
+        raise ValueError(f"a duration is a number and s, m, h or d, like 30m: {text!r}")
+    return text
+
+
+def _zone(name: str) -> str:
+    if name not in available_timezones():
+        raise ValueError(f"no such time zone: {name!r}; one is Asia/Seoul")
+    return name
+
+
+Cron = Annotated[Text, AfterValidator(_cron)]
+Duration = Annotated[Text, AfterValidator(_duration)]
+Zone = Annotated[Text, AfterValidator(_zone)]
+
+
+class Feedback(Part):
+    """So much feedback on the model's answers starts a run."""
+
+    count: int = Field(ge=1, description="At least so many")
+    since_last_run: bool = Field(True, description="Count from the recipe's last run on; from the beginning otherwise")
+    min_rating: float | None = Field(None, description="Count only ratings of at least this")
+
+
+class Match(Part):
+    """An event of this type, with these values in it."""
+
+    type: Text = Field(description="The event's type; `*` stands for anything", examples=["adapter.rolled_back"])
+    where: dict[Text, str | int | float | bool] = Field(
+        {}, description="subject, source or keys of the data (a.b for one in another), each with the value it must have"
+    )
+
+
+class Triggers(Part):
+    """Events that start a run, in the manner of GitHub Actions; any of them does."""
+
+    dataset: Literal[True] | list[Text] | None = Field(
+        None, description="A new version of the recipe's dataset (true), or of these (paths, `*` allowed)"
+    )
+    recipe: Literal["changed"] | None = Field(None, description="The recipe's meaning has changed")
+    feedback: Feedback | None = None
+    schedule: list[Cron] = Field([], description="Cron lines, at most one run for each time that was missed")
+    timezone: Zone = Field("UTC", description="Of the cron lines", examples=["Asia/Seoul"])
+    event: list[Match] = Field([], description="Anything in the event log, also what was posted from outside")
+    branches: list[Text] = Field([], description="Only events of these git branches (`*` allowed)")
+    cooldown: Duration | None = Field(None, description="Not sooner than so long after the last run began: 30m, 12h")
+    max_runs_per_day: int | None = Field(None, ge=1, description="In any 24 hours")
+    if_running: Literal["queue", "replace", "skip"] = Field("queue", description="While a run of the recipe is on")
+    dry_run: bool = Field(False, description="Only write down what would have been started")
+
+    @model_validator(mode="after")
+    def _something_starts_it(self) -> Triggers:
+        if not (self.dataset or self.recipe or self.feedback or self.schedule or self.event):
+            raise ValueError("nothing starts a run: give dataset, recipe, feedback, schedule or event")
+        return self
+
+
+@dataclass(frozen=True)
+class Subscriber:
+    """A recipe with triggers: its name, its model, the path of its dataset."""
+
+    name: str
+    model: str
+    dataset: str
+    on: Triggers
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of a recipe when an event is looked at. Times are Unix seconds.
+
+    `active` is its run that is on; `begun` when each of its runs of the last day (and the last one of all) began;
+    `feedback` counts what its trigger asks for; `chain` are the recipes whose runs led to the event, the first first.
+    """
+
+    active: str | None = None
+    begun: tuple[float, ...] = ()
+    feedback: int = 0
+    chain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for one recipe and one event; `run_id` is that of the run that was started, if one was."""
+
+    recipe: str
+    fired: bool
+    reason: str
+    run_id: str | None = None
+    replaces: str | None = None
+
+
+def listens(subscriber: Subscriber, event: Event) -> str:
+    """Which trigger the event is for; '' if none."""
+    on = subscriber.on
+    paths = [subscriber.dataset] if on.dataset is True else on.dataset or []
+    if event.type == "dataset.versioned" and any(fnmatch(event.subject, each) for each in paths):
+        return f"a new version of {event.subject}"
+    if event.type == "recipe.changed" and on.recipe and event.subject == subscriber.name:
+        return "the recipe has changed"
+    if event.type == "feedback.received" and on.feedback and event.subject.partition("@")[0] == subscriber.model:
+        return f"feedback on {event.subject}"
+    if event.type == "schedule.fired" and event.subject == subscriber.name and event.data.get("cron") in on.schedule:
+        return f"the clock: {event.data['cron']}"
+    if any(fnmatch(event.type, match.type) and _has(event, match.where) for match in on.event):
+        return f"{event.type} of {event.subject or event.source}"
+    return ""
+
+
+def decide(subscriber: Subscriber, event: Event, past: Past, now: float) -> Decision:
+    """Does the event start a run? Says why, or why not."""
+    what = listens(subscriber, event)
+    if not what:
+        return Decision(subscriber.name, False, f"does not listen to {event.type} of {event.subject or event.source}")
+    against = _what_speaks_against(subscriber, event, past, now)
+    if against:
+        return Decision(subscriber.name, False, f"{what}, but {against}")
+    replaces = past.active if subscriber.on.if_running == "replace" else None
+    waits = f"; waits behind {past.active}" if past.active and not replaces else ""
+    instead = f"; instead of {replaces}" if replaces else ""
+    return Decision(subscriber.name, True, what + waits + instead, run_id_of(subscriber.name, event), replaces)
+
+
+def run_id_of(recipe: str, event: Event) -> str:
+    """The same for the same recipe and event, so that an event starts at most one run of a recipe."""
+    text = json.dumps([recipe, event.source, event.id])
+    return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def due(line: str, zone: str, after: float, now: float) -> float | None:
+    """The last time up to `now` at which the cron line fires, if that is later than `after`; Unix seconds.
+
+    Of the times that were missed only the last is made up for.
+    """
+    last = croniter(line, datetime.fromtimestamp(now, ZoneInfo(zone))).get_prev(float)
+    return float(last) if last > after else None
+
+
+def _what_speaks_against(subscriber: Subscriber, event: Event, past: Past, now: float) -> str:
+    on, last = subscriber.on, max(past.begun, default=None)
+    if subscriber.name in past.chain:
+        circle = " -> ".join([*past.chain[past.chain.index(subscriber.name):], subscriber.name])  # fmt: skip
+        return f"it would go round in a circle: {circle}"
+    branch = str(event.data.get("branch", ""))
+    if on.branches and not any(fnmatch(branch, each) for each in on.branches):
+        return f"branch {branch or 'unknown'} is none of {', '.join(on.branches)}"
+    if event.type == "feedback.received" and on.feedback and past.feedback < on.feedback.count:
+        return f"{past.feedback} of {on.feedback.count} are there"
+    if on.cooldown and last is not None and now - last < _seconds(on.cooldown):
+        return f"the last run began {max(0.0, now - last):.0f} s ago, and cooldown is {on.cooldown}"
+    today = [each for each in past.begun if now - each < UNITS["d"]]
+    if on.max_runs_per_day is not None and len(today) >= on.max_runs_per_day:
+        return f"{len(today)} runs began in the last 24 hours, and max_runs_per_day is {on.max_runs_per_day}"
+    if past.active and on.if_running == "skip":
+        return f"{past.active} is on, and if_running is skip"
+    return "dry_run is set" if on.dry_run else ""
+
+
+def _seconds(duration: str) -> int:
+    return int(duration[:-1]) * UNITS[duration[-1]]
+
+
+def _has(event: Event, where: Mapping[str, Any]) -> bool:
+    return all(_value(event, name) == wanted for name, wanted in where.items())
+
+
+def _value(event: Event, name: str) -> Any:
+    if name in ("subject", "source"):
+        return getattr(event, name)
+    found: Any = event.data
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found

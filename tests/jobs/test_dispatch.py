@@ -1,0 +1,225 @@
+"""From events to runs: each event once, all of a decision or nothing, and what nobody saw is found later."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.dispatch import Dispatcher, has_news
+from registry import adapters, runs
+from registry.decisions import decision_for, decisions_on
+from registry.events import Event, append, by_run, causes, cursor, find, new_event, read
+from registry.project import Project
+from registry.store import Store
+from registry.triggers import run_id_of
+from tests.conftest import run_bounded
+
+ON = {"event": [{"type": "external.*"}]}
+
+
+def write_recipe(project: Project, name: str, **on: Any) -> Path:
+    path = project.root / "recipes" / f"{name}.yaml"
+    body = {
+        "kind": "finetune", "base": "org/base", "data": {"path": "datasets/tickets"},
+        "evaluate": {"task": "label"}, **({"on": on} if on else {}),
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(body), encoding="utf-8")
+    return path
+
+
+def write_dataset(project: Project, digit: str) -> None:
+    text = yaml.safe_dump({"outs": [{"md5": digit * 32 + ".dir", "path": "tickets", "hash": "md5"}]})
+    (project.root / "datasets" / "tickets.dvc").write_text(text, encoding="utf-8")
+
+
+def post(store: Store, id_: str, type_: str = "external.go", **data: Any) -> Event:
+    append(store, new_event("test", type_, "", data, key=id_))
+    return next(each for each in find(store, id_) if each.source == "test")
+
+
+def work(project: Project, store: Store) -> None:
+    """A worker that was just started."""
+    Dispatcher(project, store).work()
+
+
+def started(store: Store) -> list[str]:
+    return [run.id for run in reversed(runs.listed(store))]
+
+
+def test_an_event_starts_one_run_of_each_recipe_that_listens(project: Project, store: Store) -> None:
+    for name in ("one", "two"):
+        write_recipe(project, name, **ON)
+    write_recipe(project, "deaf")
+    event = post(store, "e1")
+    assert has_news(store)
+    for _ in range(3):
+        post(store, "e1")
+        work(project, store)
+    assert not has_news(store)
+    assert sorted(started(store)) == sorted([run_id_of("one", event), run_id_of("two", event)])
+    run = runs.get(store, run_id_of("one", event))
+    assert (run.recipe, run.model, run.recipe_path, run.state) == ("one", "one", "recipes/one.yaml", "submitted")
+    found = decision_for(store, run.id)
+    assert found is not None
+    assert (found[0], found[1].reason) == (event.seq, "external.go of test")
+    [submitted] = read(store, subject=run.id)
+    assert [each.ref for each in causes(store, submitted)] == [event.ref]
+
+
+def test_what_does_not_fire_is_written_down_with_the_reason(project: Project, store: Store) -> None:
+    write_recipe(project, "once", **ON, cooldown="1h")
+    first, second = post(store, "e1"), post(store, "e2")
+    work(project, store)
+    assert started(store) == [run_id_of("once", first)]
+    [decision] = decisions_on(store, second)
+    assert (decision.fired, "cooldown is 1h" in decision.reason) == (False, True)
+
+
+def test_replace_cancels_what_is_on(project: Project, store: Store) -> None:
+    write_recipe(project, "m", **ON, if_running="replace")
+    old = post(store, "e1")
+    work(project, store)
+    new = post(store, "e2")
+    work(project, store)
+    assert [runs.get(store, run_id_of("m", each)).wish for each in (old, new)] == ["cancel", None]
+
+
+def test_feedback_counts_from_the_last_run_on(project: Project, store: Store) -> None:
+    write_recipe(project, "m", feedback={"count": 2, "min_rating": 4})
+    for id_, rating in (("f1", 5), ("f2", 1), ("f3", 4), ("f4", 5)):
+        append(store, new_event("test", "feedback.received", "m@1", {"rating": rating}, key=id_))
+        work(project, store)
+    [third] = find(store, "f3")
+    assert started(store) == [run_id_of("m", third)]
+
+
+def test_a_recipe_is_not_started_by_what_its_own_run_led_to(project: Project, store: Store) -> None:
+    write_recipe(project, "m", event=[{"type": "adapter.registered"}, {"type": "external.*"}])
+    first = post(store, "e1")
+    work(project, store)
+    adapters.add_version(store, "m", 1, run_id_of("m", first), "adapters/m/1", {})
+    work(project, store)
+    assert started(store) == [run_id_of("m", first)]
+    [registered] = read(store, type_="adapter.registered")
+    assert registered.cause == by_run(run_id_of("m", first))
+    assert "in a circle: m -> m" in decisions_on(store, registered)[0].reason
+
+
+def test_two_recipes_cannot_start_each_other_for_ever(project: Project, store: Store) -> None:
+    write_recipe(project, "a", event=[{"type": "run.submitted"}])
+    write_recipe(project, "b", event=[{"type": "run.submitted"}])
+    runs.submit(store, {"name": "a", "model": "a"}, "recipes/a.yaml", "d")
+    for _ in range(5):
+        work(project, store)
+    assert [run.recipe for run in runs.listed(store)] == ["b", "a"]
+    reasons = [each.reason for event in read(store, type_="run.submitted") for each in decisions_on(store, event)]
+    assert any("in a circle: a -> b -> a" in each for each in reasons)
+
+
+def test_changes_of_data_and_recipes_become_events_that_are_no_news_at_first(project: Project, store: Store) -> None:
+    write_dataset(project, "1")
+    write_recipe(project, "m", dataset=True, recipe="changed", if_running="queue")
+    work(project, store)
+    assert read(store) == []
+    for digit in "212":
+        write_dataset(project, digit)
+        for _ in range(2):
+            work(project, store)
+    changed = read(store, type_="dataset.versioned")
+    assert [each.data["hash"][0] for each in changed] == ["2", "1", "2"]
+    assert len(started(store)) == 3
+    write_recipe(project, "m", dataset=True, recipe="changed", if_running="queue", max_runs_per_day=9)
+    work(project, store)
+    assert [each.subject for each in read(store, type_="recipe.changed")] == ["m"]
+    work(project, store)
+    assert len(started(store)) == 4
+
+
+def test_a_cron_line_fires_once_for_each_time(project: Project, store: Store) -> None:
+    write_recipe(project, "m", schedule=["* * * * *"])
+    work(project, store)
+    assert started(store) == []
+    with store.writing() as connection:
+        connection.execute(
+            "UPDATE seen SET value = ? WHERE kind = 'schedule' AND name != ''", (str(time.time() - 600),)
+        )
+    work(project, store)
+    work(project, store)
+    assert len(started(store)) == 1
+    [fired] = read(store, type_="schedule.fired")
+    assert (fired.subject, fired.data["cron"]) == ("m", "* * * * *")
+
+
+def test_a_broken_recipe_keeps_no_other_from_starting(
+    project: Project, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(project, "good", **ON)
+    (project.root / "recipes" / "bad.yaml").write_text("kind: finetune\nbse: x\n")
+    event = post(store, "e1")
+    dispatcher = Dispatcher(project, store)
+    for _ in range(3):
+        dispatcher.work()
+    assert started(store) == [run_id_of("good", event)]
+    assert capsys.readouterr().err.count("this recipe starts no runs until it is right") == 1
+
+
+KILLED = """
+import os, sys
+from jobs import dispatch
+from registry.project import find_project
+from registry.store import open_store
+project = find_project()
+settle, calls = dispatch.settle, 0
+def once(*arguments):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[1]) and sys.argv[2] == "before":
+        os.kill(os.getpid(), 9)
+    done = settle(*arguments)
+    if calls == int(sys.argv[1]):
+        os.kill(os.getpid(), 9)
+    return done
+dispatch.settle = once
+dispatch.Dispatcher(project, open_store(project)).work()
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_dispatcher_killed_around_its_write_loses_and_doubles_nothing(
+    project: Project, store: Store, at: int, when: str
+) -> None:
+    write_recipe(project, "m", **ON)
+    wanted = [run_id_of("m", post(store, f"e{n}")) for n in range(4)]
+    killed = run_bounded([sys.executable, "-c", KILLED, str(at), when], 60, cwd=project.root)
+    assert killed.returncode == -9
+    work(project, store)
+    assert started(store) == wanted
+    assert cursor(store, "triggers") >= max(each.seq for each in read(store, type_="external.go"))
+
+
+TOGETHER = """
+from jobs.dispatch import Dispatcher, has_news
+from registry.project import find_project
+from registry.store import open_store
+project = find_project()
+store = open_store(project)
+dispatcher = Dispatcher(project, store)
+while has_news(store):
+    dispatcher.work()
+"""
+
+
+def test_several_dispatchers_at_once_start_each_run_once(project: Project, store: Store) -> None:
+    write_recipe(project, "m", **ON, max_runs_per_day=25)
+    events = [post(store, f"e{n}") for n in range(30)]
+    several = [subprocess.Popen([sys.executable, "-c", TOGETHER], cwd=project.root) for _ in range(3)]
+    assert [each.wait(120) for each in several] == [0, 0, 0]
+    assert {run.id for run in runs.listed(store, limit=99)} == {run_id_of("m", each) for each in events[:25]}
+    assert [len(decisions_on(store, each)) for each in events] == [1] * 30

@@ -1,0 +1,133 @@
+"""Triggers as a table: which event starts which run, and what speaks against it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from registry.events import Event
+from registry.triggers import Past, Subscriber, Triggers, decide, due, listens, run_id_of
+
+NOW = 1_800_000_000.0
+HOUR = 3600.0
+
+
+def event(type_: str, subject: str = "", id_: str = "e1", **data: Any) -> Event:
+    return Event("test", id_, type_, subject, NOW, data)
+
+
+def subscriber(**on: Any) -> Subscriber:
+    return Subscriber("support", "tickets", "datasets/tickets", Triggers.model_validate(on))
+
+
+ANY = {"event": [{"type": "external.*"}]}
+GO = event("external.go")
+
+
+@pytest.mark.parametrize(
+    ("on", "what", "heard"),
+    [
+        ({"dataset": True}, event("dataset.versioned", "datasets/tickets"), True),
+        ({"dataset": True}, event("dataset.versioned", "datasets/other"), False),
+        ({"dataset": ["datasets/o*"]}, event("dataset.versioned", "datasets/other"), True),
+        ({"recipe": "changed"}, event("recipe.changed", "support"), True),
+        ({"recipe": "changed"}, event("recipe.changed", "other"), False),
+        ({"recipe": "changed"}, event("dataset.versioned", "datasets/tickets"), False),
+        ({"feedback": {"count": 1}}, event("feedback.received", "tickets@3"), True),
+        ({"feedback": {"count": 1}}, event("feedback.received", "tickets-2@3"), False),
+        ({"schedule": ["0 3 * * *"]}, event("schedule.fired", "support", cron="0 3 * * *"), True),
+        ({"schedule": ["0 3 * * *"]}, event("schedule.fired", "support", cron="0 4 * * *"), False),
+        ({"schedule": ["0 3 * * *"]}, event("schedule.fired", "other", cron="0 3 * * *"), False),
+        ({"event": [{"type": "adapter.*"}]}, event("adapter.rolled_back", "tickets@2"), True),
+        ({"event": [{"type": "adapter.*"}]}, event("run.failed", "support-1"), False),
+        (
+            {"event": [{"type": "external.ci", "where": {"a.b": 1, "source": "test"}}]},
+            event("external.ci", a={"b": 1}),
+            True,
+        ),
+        ({"event": [{"type": "external.ci", "where": {"a.b": 1}}]}, event("external.ci", a={"b": 2}), False),
+        ({"event": [{"type": "external.ci", "where": {"a.b.c": 1}}]}, event("external.ci", a=3), False),
+    ],
+)
+def test_what_a_recipe_listens_to(on: dict[str, Any], what: Event, heard: bool) -> None:
+    assert bool(listens(subscriber(**on), what)) is heard
+    assert decide(subscriber(**on), what, Past(feedback=9), NOW).fired is heard
+
+
+@pytest.mark.parametrize(
+    ("on", "past", "said"),
+    [
+        ({"cooldown": "1h"}, Past(begun=(NOW - 2 * HOUR,)), ""),
+        ({"cooldown": "3h"}, Past(begun=(NOW - 9 * HOUR, NOW - 2 * HOUR)), "the last run began 7200 s ago"),
+        ({"cooldown": "1h"}, Past(begun=(NOW + 60,)), "the last run began 0 s ago"),  # the clock was set back
+        ({"max_runs_per_day": 2}, Past(begun=(NOW - 25 * HOUR, NOW - HOUR)), ""),
+        ({"max_runs_per_day": 2}, Past(begun=(NOW - 2 * HOUR, NOW - HOUR)), "2 runs began in the last 24 hours"),
+        ({"if_running": "skip"}, Past(active="support-1"), "support-1 is on, and if_running is skip"),
+        ({"if_running": "queue"}, Past(active="support-1"), ""),
+        ({"dry_run": True}, Past(), "dry_run is set"),
+        ({}, Past(chain=("a", "support", "b")), "it would go round in a circle: support -> b -> support"),
+        ({}, Past(chain=("a", "b")), ""),
+        ({"branches": ["main", "release/*"]}, Past(), "branch unknown is none of main, release/*"),
+    ],
+)
+def test_what_speaks_against_a_run(on: dict[str, Any], past: Past, said: str) -> None:
+    decision = decide(subscriber(**ANY, **on), GO, past, NOW)
+    assert decision.fired is (said == "")
+    assert said in decision.reason
+    assert decision.run_id == (run_id_of("support", GO) if decision.fired else None)
+
+
+def test_a_branch_is_matched_as_a_pattern() -> None:
+    on = subscriber(**ANY, branches=["release/*"])
+    assert decide(on, event("external.go", branch="release/2"), Past(), NOW).fired
+    assert not decide(on, event("external.go", branch="main"), Past(), NOW).fired
+
+
+def test_enough_feedback_starts_a_run() -> None:
+    on = subscriber(feedback={"count": 20})
+    said = decide(on, event("feedback.received", "tickets@1"), Past(feedback=19), NOW)
+    assert (said.fired, "19 of 20 are there" in said.reason) == (False, True)
+    assert decide(on, event("feedback.received", "tickets@1"), Past(feedback=20), NOW).fired
+
+
+def test_replace_names_the_run_that_it_replaces() -> None:
+    decision = decide(subscriber(**ANY, if_running="replace"), GO, Past(active="support-1"), NOW)
+    assert (decision.fired, decision.replaces) == (True, "support-1")
+
+
+def test_an_event_has_one_run_id_for_each_recipe() -> None:
+    assert run_id_of("a", GO) == run_id_of("a", event("external.other"))  # the id is of (source, id), nothing else
+    assert len({run_id_of("a", GO), run_id_of("b", GO), run_id_of("a", event("external.go", id_="e2"))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("on", "said"),
+    [
+        ({}, "nothing starts a run"),
+        ({"schedule": ["0 3 * *"]}, "five fields"),
+        ({"schedule": ["61 3 * * *"]}, "no cron line"),
+        ({"schedule": ["0 0 30 2 *"]}, "never fires"),
+        ({"schedule": ["0 3 * * *"], "timezone": "Asia/Soul"}, "no such time zone"),
+        ({**ANY, "cooldown": "soon"}, "a duration is"),
+        ({**ANY, "if_running": "wait"}, "'queue', 'replace' or 'skip'"),
+        ({"dataset": False}, "Input should be"),
+        ({"feedback": {"count": 0}}, "greater than or equal to 1"),
+        ({**ANY, "cooldwn": "1h"}, "Extra inputs"),
+    ],
+)
+def test_triggers_that_cannot_be_meant_are_refused(on: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Triggers.model_validate(on)
+
+
+def test_of_the_times_that_were_missed_the_last_is_made_up_for() -> None:
+    def at(day: int, hour: int, minute: int = 0) -> float:
+        return datetime(2026, 11, day, hour, minute, tzinfo=UTC).timestamp()
+
+    assert due("0 3 * * *", "UTC", at(20, 3), at(21, 2)) is None
+    assert due("0 3 * * *", "UTC", at(18, 3), at(21, 4)) == at(21, 3)
+    assert due("0 3 * * *", "Asia/Seoul", at(20, 12), at(20, 19)) == at(20, 18)
+    assert due("0 3 * * *", "UTC", at(21, 3), at(19, 4)) is None  # the clock was set back
