@@ -63,7 +63,7 @@ def test_csv_becomes_a_tracked_version_and_an_event(ft: Ft, project: Project, tm
     asked = [question for split in made["rows"] for question in questions(folder / f"{split}.jsonl")]
     assert len(asked) == len(set(asked)) == 80
     (event,) = events.read(open_store(project), type_="dataset.versioned")
-    assert (event.source, event.subject, event.data["hash"]) == ("ft/data", "datasets/mine", made["hash"])
+    assert (event.source, event.subject, event.data["hash"]) == ("ft/datasets", "datasets/mine", made["hash"])
 
 
 def test_the_same_import_again_is_the_same_version_and_no_second_event(

@@ -161,12 +161,14 @@ def test_a_broken_recipe_keeps_no_other_from_starting(
 ) -> None:
     write_recipe(project, "good", **ON)
     (project.root / "recipes" / "bad.yaml").write_text("kind: finetune\nbse: x\n")
+    same = write_recipe(project, "same", **ON)
+    same.write_text("name: good\n" + same.read_text())
     event = post(store, "e1")
     dispatcher = Dispatcher(project, store)
     for _ in range(3):
         dispatcher.work()
     assert started(store) == [run_id_of("good", event)]
-    assert capsys.readouterr().err.count("this recipe starts no runs until it is right") == 1
+    assert capsys.readouterr().err.count("this recipe starts no runs until it is right") == 2
 
 
 KILLED = """
