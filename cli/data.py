@@ -157,13 +157,13 @@ def _announce(project: Project, version: Pinned) -> str | None:
     """Copy the version to the default remote and append the event; the remote's name."""
     from cli.waking import noticing
     from registry.dataset_versions import push
-    from registry.seen import git_branch, note_value
+    from registry.seen import DATASET, git_branch, note_value
     from registry.store import open_store
 
     remote = push(project, version)
-    data = {"hash": version.hash, "rows": version.rows, "branch": git_branch(project.root)}
+    data, branch = {"hash": version.hash, "rows": version.rows}, git_branch(project.root) or ""
     with noticing(project):
-        note_value(open_store(project), "dataset", version.path, version.hash, "dataset.versioned", data)
+        note_value(open_store(project), "dataset", version.path, version.hash, DATASET, data, branch)
     return remote
 
 

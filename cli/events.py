@@ -94,7 +94,8 @@ def why(
     from registry.store import open_store
 
     project = find_project()
-    told = [_story(project, open_store(project), event) for event in _meant(open_store(project), what)]
+    store = open_store(project)
+    told = [_story(project, store, event) for event in _meant(store, what)]
     if as_json:
         print_json(told)
         return
@@ -131,30 +132,35 @@ def _object(text: str) -> dict[str, Any]:
     from registry.errors import WrongInput
 
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        found = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:  # half a surrogate pair is valid JSON, but no text
         raise WrongInput(f"not valid JSON: {error}", place="--data", fix="give a JSON object in quotes") from error
     if not isinstance(found, dict):
         raise WrongInput("data is a JSON object", place="--data", fix='like \'{"branch": "main"}\'')
     return found
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
 def _meant(store: Store, what: str) -> list[Event]:
-    """The events of that id or number; the one that started the run of that name."""
+    """What started the run of that name; else the events of that id; else the event of that number."""
     from registry import runs
     from registry.decisions import decision_for
     from registry.errors import NotFound
-    from registry.events import find
+    from registry.events import RUNS, at, find
 
-    found = [each for each in find(store, what) if each.type != "run.submitted"]
-    if found:
-        return found
     try:
         run = runs.get(store, what)
     except NotFound:
-        raise NotFound(f"no run and no event '{what}'", fix="`ft runs` and `ft events tail` list them") from None
+        found = find(store, what) or at(store, what)
+        if not found:
+            raise NotFound(f"no run and no event '{what}'", fix="`ft runs` and `ft events tail` list them") from None
+        return found
     started = decision_for(store, run.id)
-    return find(store, str(started[0]) if started else run.id)
+    return at(store, str(started[0])) if started else [each for each in find(store, run.id) if each.source == RUNS]
 
 
 def _story(project: Project, store: Store, event: Event) -> dict[str, Any]:
@@ -163,30 +169,34 @@ def _story(project: Project, store: Store, event: Event) -> dict[str, Any]:
     from registry.events import causes, cursor
 
     decided = decisions_on(store, event)
+    is_decided = event.seq <= cursor(store, CURSOR)
     return {
         "event": event.as_dict(),
         "causes": [each.as_dict() for each in causes(store, event)],
-        "decided": event.seq <= cursor(store, CURSOR),
-        "decisions": [vars(each) for each in [*decided, *_deaf(project, event, decided)]],
+        "decided": is_decided,
+        "decisions": [vars(each) for each in [*decided, *(_deaf(project, event, decided) if is_decided else [])]],
     }
 
 
 def _deaf(project: Project, event: Event, decided: list[Decision]) -> list[Decision]:
-    """Recipes that have triggers, but none for this event."""
+    """Recipes that have triggers now, and nothing was decided for them."""
+    from cli.waking import recipe_files
     from registry.errors import FtError
     from registry.recipe import load_recipe
-    from registry.triggers import Decision
+    from registry.triggers import Decision, Subscriber, listens
 
     said = []
-    for path in sorted((project.root / "recipes").glob("*.y*ml")):
+    for path in recipe_files(project):
         try:
             loaded = load_recipe(path)
         except FtError as error:
             said.append(Decision(path.stem, False, f"its recipe is wrong: {error.what}"))
             continue
         if loaded.on and loaded.name not in {each.recipe for each in decided}:
-            what = event.subject or event.source
-            said.append(Decision(loaded.name, False, f"does not listen to {event.type} of {what}"))
+            what = f"{event.type} of {event.subject or event.source}"
+            heard = listens(Subscriber(loaded.name, loaded.model, loaded.data.path, loaded.on), event)
+            why = "was another recipe, or a wrong one, when this was decided" if heard else f"has no trigger for {what}"
+            said.append(Decision(loaded.name, False, why))
     return said
 
 
@@ -211,8 +221,10 @@ def _print_line(event: Event, as_json: bool) -> None:
         print(json.dumps(event.as_dict(), ensure_ascii=False), flush=True)
         return
     when = datetime.fromtimestamp(event.time).strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{event.seq:>6}  {when}  {event.type:20} {event.subject:32} {_short(event.data)}", flush=True)
+    print(f"{event.seq:>6}  {when}  {event.type:20} {event.subject[:80]:32} {_short(event.data)}", flush=True)
 
 
 def _short(data: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in data.items() if not isinstance(value, dict | list))[:100]
+    """On one line, and without what a terminal would obey."""
+    text = ", ".join(f"{key}={value}" for key, value in data.items() if not isinstance(value, dict | list))[:100]
+    return "".join(each if each.isprintable() else " " for each in text)

@@ -22,6 +22,7 @@ def promote(
     Example: ft promote tickets@3 --reason "reviewed by hand"
     """
     from cli.champion import tell_move
+    from cli.waking import noticing
     from registry import adapters
     from registry.project import find_project, user_name
     from registry.store import open_store
@@ -30,7 +31,8 @@ def promote(
     store = open_store(project)
     version = adapters.find_version(store, reference if "@" in reference else f"{reference}@candidate")
     verdict = _verdict(store, version, force)
-    moved = adapters.promote(store, verdict, by_whom=user_name(), reason=reason, person=True)
+    with noticing(project):
+        moved = adapters.promote(store, verdict, by_whom=user_name(), reason=reason, person=True)
     tell_move(project, store, moved, as_json=as_json)
 
 

@@ -18,11 +18,13 @@ def rollback(
     Example: ft rollback tickets --reason "rude to customers"
     """
     from cli.champion import tell_move
+    from cli.waking import noticing
     from registry import adapters
     from registry.project import find_project, user_name
     from registry.store import open_store
 
     project = find_project()
     store = open_store(project)
-    moved = adapters.roll_back(store, model, by_whom=user_name(), reason=reason, to=to)
+    with noticing(project):
+        moved = adapters.roll_back(store, model, by_whom=user_name(), reason=reason, to=to)
     tell_move(project, store, moved, as_json=as_json)

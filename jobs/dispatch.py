@@ -6,19 +6,22 @@ is up it finds when one is.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from registry import recipe as recipes
 from registry.decisions import CURSOR, past_of, settle
-from registry.errors import FtError, RecipeError
+from registry.errors import FtError, RecipeError, StoreError
 from registry.events import Event, advance, cursor, read
 from registry.project import Project
 from registry.recipe import Recipe
-from registry.seen import git_branch, last_seen, note_all, note_datasets, note_silently, note_value
+from registry.seen import last_clock, note_all, note_clock, note_datasets
 from registry.store import Store
 from registry.triggers import Subscriber, decide, due, listens
 
@@ -32,7 +35,12 @@ class Known:
 
     loaded: Recipe
     path: str
-    digest: str
+
+    @property
+    def meaning(self) -> str:
+        """A digest of what is trained and how, without when; a field that a newer ft adds does not change it."""
+        body = self.loaded.model_dump(mode="json", exclude_defaults=True, exclude={"on", "description"})
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     @property
     def subscriber(self) -> Subscriber | None:
@@ -41,7 +49,8 @@ class Known:
 
     def row(self) -> dict[str, Any]:
         """What `runs.submit_within` needs."""
-        return {"recipe": self.loaded.model_dump(mode="json"), "recipe_path": self.path, "digest": self.digest}
+        return {"recipe": self.loaded.model_dump(mode="json"), "recipe_path": self.path,
+                "digest": recipes.digest(self.loaded)}  # fmt: skip
 
 
 @dataclass
@@ -50,7 +59,8 @@ class Dispatcher:
 
     project: Project
     store: Store
-    _files: dict[Path, tuple[int, Known | None]] = field(default_factory=dict)
+    _files: dict[Path, tuple[int, Recipe | FtError]] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
     _watched: float = 0.0
 
     def work(self) -> int:
@@ -71,14 +81,19 @@ class Dispatcher:
         return len(events)
 
     def watch(self) -> None:
-        """Changed datasets and recipes, and cron lines that have come due, become events."""
-        note_datasets(self.project, self.store)
-        known, branch = self._known(), git_branch(self.project.root)
-        values = {each.loaded.name: (each.digest, {"digest": each.digest, "branch": branch}) for each in known}
-        note_all(self.store, "recipe", "recipe.changed", values)
-        for each in known:
-            if each.subscriber:
-                self._look_at_the_clock(each.subscriber, time.time())
+        """Changed datasets and recipes, and cron lines that have come due, become events.
+
+        A file that cannot be read keeps nobody from the rest, and is told of once.
+        """
+        known = self._known()
+        subscribers = [each.subscriber for each in known if each.subscriber]
+        if not subscribers:
+            return
+        values = {each.loaded.name: (each.meaning, {"digest": each.meaning}) for each in known}
+        self._try(lambda: note_datasets(self.project, self.store))
+        self._try(lambda: note_all(self.project, self.store, "recipe", "recipe.changed", values))
+        for subscriber in subscribers:
+            self._look_at_the_clock(subscriber, time.time())
 
     def _dispatch(self, event: Event, listening: list[Known], seen: int) -> bool:
         """Decide for each recipe that listens, and write all of it at once."""
@@ -88,36 +103,53 @@ class Dispatcher:
         return settle(self.store, event, decisions, {each.loaded.name: each.row() for each in listening}, seen)
 
     def _look_at_the_clock(self, subscriber: Subscriber, now: float) -> None:
+        zone = subscriber.on.timezone
         for line in subscriber.on.schedule:
-            name = f"{subscriber.name}: {line}"
-            seen = last_seen(self.store, "schedule", name)
-            last = due(line, subscriber.on.timezone, float(seen) if seen else 0.0, now)
-            if seen is None:  # what was due before anybody watched is not made up for
-                note_silently(self.store, "schedule", {name: str(last or now)})
-            elif last:
-                data = {"cron": line, "due": last}
-                note_value(self.store, "schedule", name, str(last), "schedule.fired", data, subscriber.name)
+            last = due(line, zone, last_clock(self.store, subscriber.name, line, zone, now), now)
+            if last:
+                note_clock(self.store, subscriber.name, line, zone, last)
 
     def _known(self) -> list[Known]:
-        """The project's recipes, read again when their files change; a broken one is told of once, and left out."""
-        found: dict[Path, tuple[int, Known | None]] = {}
-        names: set[str] = set()
-        for path in sorted((self.project.root / "recipes").glob("*.y*ml")):
-            changed, before = path.stat().st_mtime_ns, self._files.get(path)
-            found[path] = before if before and before[0] == changed else (changed, self._load(path, names))
-            names |= {known.loaded.name for known in [found[path][1]] if known}
-        self._files = found
-        return [known for _, known in found.values() if known]
+        """The project's recipes, read again when their files change; what is wrong is told of once, and left out."""
+        self._files = {path: each for path in self._paths() if (each := self._read(path))}
+        known: dict[str, Known] = {}
+        for path, (_, loaded) in self._files.items():
+            if isinstance(loaded, FtError):
+                self._say_once(loaded)
+            elif loaded.name in known:
+                other = known[loaded.name].path
+                self._say_once(RecipeError(f"{other} is called '{loaded.name}' too", place=str(path), fix="rename one"))
+            else:
+                known[loaded.name] = Known(loaded, str(path.relative_to(self.project.root)))
+        return list(known.values())
 
-    def _load(self, path: Path, names: set[str]) -> Known | None:
+    def _paths(self) -> list[Path]:
+        found = sorted((self.project.root / "recipes").glob("*.y*ml"))
+        return [path for path in found if not path.name.startswith(".")]  # editors keep links of such names
+
+    def _read(self, path: Path) -> tuple[int, Recipe | FtError] | None:
         try:
-            loaded = recipes.load_recipe(path)
-            if loaded.name in names:
-                raise RecipeError(f"another recipe is called '{loaded.name}' too", place=str(path), fix="rename one")
+            changed, before = path.stat().st_mtime_ns, self._files.get(path)
+            if not path.is_file():  # a FIFO would keep whoever reads it
+                return None
+            return before if before and before[0] == changed else (changed, recipes.load_recipe(path))
         except FtError as error:
-            print(f"this recipe starts no runs until it is right: {error}", file=sys.stderr, flush=True)
+            return changed, error
+        except OSError:  # deleted meanwhile
             return None
-        return Known(loaded, str(path.relative_to(self.project.root)), recipes.digest(loaded))
+
+    def _try(self, look: Callable[[], object]) -> None:
+        try:
+            look()
+        except StoreError:
+            raise
+        except (FtError, OSError, AttributeError, TypeError, ValueError) as error:  # a record that is half-written
+            self._say_once(error)
+
+    def _say_once(self, error: Exception) -> None:
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            print(f"starts no runs until it is right: {error}", file=sys.stderr, flush=True)
 
 
 def has_news(store: Store) -> bool:

@@ -28,7 +28,7 @@ from registry.base_models import BaseModel, refuse_use
 from registry.cards import Card, marker, pick_card
 from registry.dataset_versions import Pinned, materialise, pin
 from registry.errors import EngineError, FtError, JobError, Trouble
-from registry.events import read
+from registry.events import by_run, newest
 from registry.gates import judge as judge_scores
 from registry.job_folder import JobFolder
 from registry.mlflow_mirror import mirror
@@ -220,7 +220,7 @@ async def wait_until_served(bench: Bench, run_id: str, moved: State) -> State:
             runs.note_result(bench.store, run_id, served=answer["data"])
             return {"served": True}
         if answer:
-            _take_back(bench, moved, answer["data"])
+            _take_back(bench, run_id, moved, answer["data"])
         status = await asyncio.to_thread(server_status, bench.store)
         if status is None or status.base["digest"] != base:
             runs.note_result(bench.store, run_id, served=None)
@@ -342,15 +342,17 @@ def _job_error(result: State, folder: Path) -> JobError:
 
 def _what_server_said(bench: Bench, subject: str) -> dict[str, Any] | None:
     since = bench.promoted_at(subject)
-    said = [event for event in read(bench.store, subject=subject)
-            if event.type in ("adapter.served", "adapter.refused") and event.time >= since]  # fmt: skip
+    answers = [newest(bench.store, 1, type_=each, subject=subject) for each in ("adapter.served", "adapter.refused")]
+    said = sorted((event for each in answers for event in each if event.time >= since), key=lambda event: event.seq)
     return {"type": said[-1].type, "data": said[-1].data} if said else None
 
 
-def _take_back(bench: Bench, moved: State, reason: dict[str, Any]) -> None:
+def _take_back(bench: Bench, run_id: str, moved: State, reason: dict[str, Any]) -> None:
     subject = f"{moved['model']}@{moved['version']}"
     if moved["from"] is not None:
-        adapters.roll_back(bench.store, moved["model"], by_whom="ft", reason="the server refused it")
+        adapters.roll_back(
+            bench.store, moved["model"], by_whom="ft", reason="the server refused it", cause=by_run(run_id)
+        )
     raise EngineError(f"the server refused {subject}: {reason.get('reason', reason)}",
                       fix="`ft serve status` has the numbers; the version before it goes on answering")  # fmt: skip
 

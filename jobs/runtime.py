@@ -65,8 +65,8 @@ def agree(store: Store, let_go: Callable[[str], bool]) -> None:
             _enqueue(run.id)
         elif run.wish == "cancel" and status not in TERMINAL:
             DBOS.cancel_workflow(run.id, cancel_children=True)
-        elif status == "CANCELLED" and run.wish == "cancel":
-            # Over only when the card is really free, not when DBOS says so.
+        elif status in TERMINAL and status != "SUCCESS" and run.wish == "cancel":
+            # It may have failed by itself. Over only when the card is really free, not when DBOS says so.
             if let_go(run.id):
                 runs.finish(store, run.id, "cancelled")
         elif status in TERMINAL and status != "SUCCESS" and run.wish is None:

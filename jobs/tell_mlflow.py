@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from jobs.steps import Bench, State, Value
-from registry.errors import TrackerError
+from registry import adapters
+from registry.errors import FtError, StoreError, TrackerError
 from registry.events import RUNS, append, by_run, new_event
 from registry.job_folder import JobFolder
+from registry.mlflow_mirror import mirror_model
 from registry.mlflow_store import RunFacts, Tracked, Tracker, tracker_for
 from registry.project import Project
 from registry.recipe import Finetune
-from registry.runs import mark_told, set_stage, untold
+from registry.runs import Run, listed, mark_told, set_stage, untold
 from registry.store import Store
 
 TRACK_SECONDS = 3.0
@@ -31,10 +35,12 @@ async def keep_telling(bench: Bench, run_id: str, plan: State) -> None:
                 begun = await asyncio.to_thread(_begin, bench, run_id, plan)
             tracker, tracked = begun
             await asyncio.to_thread(tracker.send_progress, tracked, job)
-        except TrackerError as error:
-            away = new_event(RUNS, "run.tracker_away", run_id, error.as_dict(), key=f"{run_id}/away",
+        except (FtError, OSError) as error:
+            said = error.as_dict() if isinstance(error, FtError) else {"what": str(error)}
+            away = new_event(RUNS, "run.tracker_away", run_id, said, key=f"{run_id}/away",
                              cause=by_run(run_id))  # fmt: skip
-            append(bench.store, away)
+            with suppress(StoreError):
+                await asyncio.to_thread(append, bench.store, away)
 
 
 def tell_of_version(bench: Bench, run_id: str, plan: State, lineage: State) -> tuple[Tracked, int]:
@@ -58,12 +64,35 @@ async def patiently(bench: Bench, run_id: str, tell: Callable[[], Value]) -> Val
             await bench.outside("waiting", asyncio.sleep(TRACK_SECONDS))
 
 
-def tell_of_ends(project: Project, store: Store) -> None:
-    """Failed and cancelled runs end in MLflow too. Raises TrackerError; what it does not take now is told later."""
-    for run in untold(store):
-        recipe = Finetune.model_validate(run.body)
-        tracker_for(project, recipe).end(recipe, run.id, "KILLED" if run.state == "cancelled" else "FAILED")
-        mark_told(store, run)
+def tell_the_rest(project: Project, store: Store) -> None:
+    """What MLflow does not know yet of runs that ended badly, of aliases and of verdicts.
+
+    Raises the last error after all were tried: one MLflow that is away must not keep another from being told.
+    """
+    moved = {model for model, _, _ in adapters.unprojected_aliases(store)}
+    judged = {verdict.model for verdict in adapters.unprojected_verdicts(store)}
+    models = [model for model in sorted(moved | judged) if _is_at_rest(store, model)]
+    work: list[Callable[[], object]] = [partial(_tell_of_end, project, store, run) for run in untold(store)]
+    work += [partial(mirror_model, project, store, model) for model in models]
+    failed: Exception | None = None
+    for tell in work:
+        try:
+            tell()
+        except Exception as error:
+            failed = error
+    if failed:
+        raise failed
+
+
+def _is_at_rest(store: Store, model: str) -> bool:
+    """A run that is on tells of its version itself, at its end; two at once could cross."""
+    return not any(run.model == model for run in listed(store, active=True, limit=1000))
+
+
+def _tell_of_end(project: Project, store: Store, run: Run) -> None:
+    recipe = Finetune.model_validate(run.body)
+    tracker_for(project, recipe).end(recipe, run.id, "KILLED" if run.state == "cancelled" else "FAILED")
+    mark_told(store, run)
 
 
 def _begin(bench: Bench, run_id: str, plan: State) -> tuple[Tracker, Tracked]:

@@ -11,7 +11,7 @@ import traceback
 from jobs import runtime
 from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import bind, let_go
-from jobs.tell_mlflow import tell_of_ends
+from jobs.tell_mlflow import tell_the_rest
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
 from registry.errors import FtError
@@ -56,10 +56,10 @@ def work(project: Project, *, forever: bool = False) -> None:
 
 
 def _look(store: Store, dispatcher: Dispatcher) -> bool:
-    """One look at the events and the run rows; True while there is work. An error here must not end the worker."""
+    """One look at the run rows and the events; True while there is work. An error here must not end the worker."""
     try:
-        news = dispatcher.work()
         runtime.agree(store, let_go)
+        news = dispatcher.work()
         return bool(news) or bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
     except Exception:
         traceback.print_exc()
@@ -72,10 +72,13 @@ def _may_end(project: Project, store: Store) -> bool:
     gate = close_gate(project)
     if gate is None:
         return False
-    if runs.listed(store, active=True, limit=1) or _has_wishes(store) or has_news(store):
-        os.close(gate)
-        return False
-    return True  # the gate stays closed until this process is gone, and the worker's lock with it
+    busy = True
+    try:
+        busy = bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store) or has_news(store)
+    finally:
+        if busy:
+            os.close(gate)
+    return not busy  # the gate stays closed until this process is gone, and the worker's lock with it
 
 
 def _has_wishes(store: Store) -> bool:
@@ -88,7 +91,7 @@ def _keep_mlflow_told(project: Project, store: Store) -> None:
 
     while True:
         try:
-            tell_of_ends(project, store)
+            tell_the_rest(project, store)
         except Exception as error:  # away, or misconfigured: no reason for the worker to end
             print(error, file=sys.stderr, flush=True)
             time.sleep(AWAY_SECONDS)

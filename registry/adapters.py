@@ -177,11 +177,16 @@ def promote(
                 fix=_judge_again(verdict),
             )
         move = Promotion(0, model, version, champion, "promote", run_id, verdict.id, by_whom, reason, time.time())
-        return _move(connection, move)
+        return _move(connection, move, by_run(run_id))
 
 
-def roll_back(store: Store, model: str, *, by_whom: str, reason: str = "", to: int | None = None) -> Promotion:
-    """Make `previous` (or version `to`) champion again. What it replaces is not promoted again without a person."""
+def roll_back(
+    store: Store, model: str, *, by_whom: str, reason: str = "", to: int | None = None, cause: str | None = None
+) -> Promotion:
+    """Make `previous` (or version `to`) champion again. What it replaces is not promoted again without a person.
+
+    `cause` is the event that led to it, None where a person does it.
+    """
     with store.writing() as connection:
         champion = _alias(connection, model, "champion")
         target = to if to is not None else _alias(connection, model, "previous")
@@ -196,7 +201,7 @@ def roll_back(store: Store, model: str, *, by_whom: str, reason: str = "", to: i
             raise NotFound(f"no version {model}@{target}", fix=f"`ft models {model}` lists them")
         connection.execute("UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion))
         move = Promotion(0, model, target, champion, "rollback", None, None, by_whom, reason, time.time())
-        return _move(connection, move)
+        return _move(connection, move, cause)
 
 
 def promotions(store: Store, model: str = "") -> list[Promotion]:
@@ -215,9 +220,9 @@ def mark_projected(store: Store, model: str, alias: str, version: int) -> None:
         connection.execute("UPDATE aliases SET projected = ? WHERE model = ? AND alias = ?", (version, model, alias))
 
 
-def unprojected_verdicts(store: Store, model: str) -> list[Verdict]:
+def unprojected_verdicts(store: Store, model: str = "") -> list[Verdict]:
     """Verdicts that MLflow has not been told of yet, the oldest first."""
-    rows = store.read("SELECT * FROM verdicts WHERE model = ? AND NOT projected ORDER BY id", (model,))
+    rows = store.read("SELECT * FROM verdicts WHERE ? IN ('', model) AND NOT projected ORDER BY id", (model,))
     return [_verdict(row) for row in rows]
 
 
@@ -226,7 +231,7 @@ def mark_verdict_projected(store: Store, verdict: int) -> None:
         connection.execute("UPDATE verdicts SET projected = 1 WHERE id = ?", (verdict,))
 
 
-def _move(connection: sqlite3.Connection, move: Promotion) -> Promotion:
+def _move(connection: sqlite3.Connection, move: Promotion, cause: str | None) -> Promotion:
     """Write the row, set both aliases and append the event; the row as it was written."""
     values = {name: value for name, value in asdict(move).items() if name != "id"}
     done = connection.execute(
@@ -238,7 +243,7 @@ def _move(connection: sqlite3.Connection, move: Promotion) -> Promotion:
     type_ = "adapter.promoted" if move.kind == "promote" else "adapter.rolled_back"
     data = {"from": move.from_version, "by": move.by_whom, "reason": move.reason, "run": move.run_id}
     event = new_event("ft/adapters", type_, f"{move.model}@{move.version}", data, key=str(done.lastrowid),
-                      cause=by_run(move.run_id))  # fmt: skip
+                      cause=cause)  # fmt: skip
     append_within(connection, event)
     return replace(move, id=int(done.lastrowid or 0))
 

@@ -27,9 +27,9 @@ def past_of(store: Store, subscriber: Subscriber, event: Event, now: float) -> P
         (subscriber.name, now - UNITS["d"], subscriber.name),
     )
     times = tuple(float(row["created"]) for row in begun if row["created"] is not None)
-    active = runs.listed(store, active=True, recipe=subscriber.name, limit=1)
+    active = runs.listed(store, active=True, recipe=subscriber.name, limit=99)
     return Past(
-        active=active[0].id if active else None,
+        active=tuple(each.id for each in reversed(active)),
         begun=times,
         feedback=_feedback(store, subscriber, event, max(times, default=0.0)),
         chain=_chain(store, event),
@@ -49,8 +49,8 @@ def settle(
             return False
         for each in decisions:
             _write(connection, event, each)
-            if each.replaces:
-                connection.execute("UPDATE runs SET wish = 'cancel' WHERE id = ?", (each.replaces,))
+            for replaced in each.replaces:
+                runs.set_wish_within(connection, replaced, "cancel")
             if each.run_id:
                 runs.submit_within(connection, each.run_id, **recipes[each.recipe], cause=event.ref)
         advance_within(connection, CURSOR, event.seq)
@@ -70,22 +70,33 @@ def decision_for(store: Store, run_id: str) -> tuple[int, Decision] | None:
 def _write(connection: sqlite3.Connection, event: Event, decision: Decision) -> None:
     connection.execute(
         "INSERT INTO decisions (seq, recipe, fired, reason, run_id, replaces, created) VALUES (?,?,?,?,?,?,?)",
-        (event.seq, decision.recipe, decision.fired, decision.reason, decision.run_id, decision.replaces, time.time()),
+        (
+            event.seq,
+            decision.recipe,
+            decision.fired,
+            decision.reason,
+            decision.run_id,
+            " ".join(decision.replaces),
+            time.time(),
+        ),
     )
 
 
 def _decision(row: dict[str, Any]) -> Decision:
-    return Decision(row["recipe"], bool(row["fired"]), row["reason"], row["run_id"], row["replaces"])
+    return Decision(
+        row["recipe"], bool(row["fired"]), row["reason"], row["run_id"], tuple((row["replaces"] or "").split())
+    )
 
 
 def _feedback(store: Store, subscriber: Subscriber, event: Event, last_run: float) -> int:
     wanted = subscriber.on.feedback
     if wanted is None or event.type != "feedback.received":
         return 0
+    # All of `model@N`: "A" comes after "@". With LIKE an underscore in a name would stand for any character.
     rows = store.read(
-        "SELECT data FROM events WHERE type = 'feedback.received' AND seq <= ? AND time > ? "
-        "AND (subject = ? OR subject LIKE ? || '@%')",
-        (event.seq, last_run if wanted.since_last_run else 0.0, subscriber.model, subscriber.model),
+        "SELECT data FROM events WHERE subject >= ? AND subject < ? AND type = 'feedback.received' "
+        "AND seq <= ? AND time > ?",
+        (f"{subscriber.model}@", f"{subscriber.model}A", event.seq, last_run if wanted.since_last_run else 0.0),
     )
     ratings = [json.loads(row["data"]).get("rating") for row in rows]
     if wanted.min_rating is None:

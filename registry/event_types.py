@@ -14,6 +14,7 @@ from registry.errors import WrongInput
 from registry.events import Event
 
 EXTERNAL = "external."
+MAX_TEXT = 256
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 OPTIONAL_WHOLE, OPTIONAL_TEXT = {"type": ["integer", "null"]}, {"type": ["string", "null"]}
 FAILURE = {"error": TEXT, "what": TEXT, "place": TEXT, "fix": TEXT}
@@ -76,6 +77,8 @@ TYPES: dict[str, EventType] = {
 
 def check_event(event: Event) -> None:
     """Raises WrongInput for an unknown type, a type that only ft itself may append, and data that do not fit."""
+    for name in ("type", "subject", "id"):
+        _check_text(name, getattr(event, name))
     if event.type.startswith(EXTERNAL) and len(event.type) > len(EXTERNAL):
         return
     found = TYPES.get(event.type)
@@ -88,6 +91,12 @@ def check_event(event: Event) -> None:
     ]
     if wrong:
         raise WrongInput("\n".join(wrong), place=event.type, fix="`ft events types` says what belongs into it")
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > MAX_TEXT or not text.isprintable():
+        raise WrongInput(f"{name} is at most {MAX_TEXT} printable characters on one line", place=ascii(text[:40]),
+                         fix="what is longer belongs into the data")  # fmt: skip
 
 
 def as_markdown() -> str:

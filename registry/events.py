@@ -77,26 +77,27 @@ def append_within(connection: sqlite3.Connection, event: Event) -> bool:
 
 def read(store: Store, *, after: int = 0, type_: str = "", subject: str = "", limit: int = 1000) -> list[Event]:
     """Events in order, those after sequence number `after`; an empty filter takes all."""
-    rows = store.read(
-        "SELECT * FROM events WHERE seq > ? AND (? = '' OR type = ?) AND (? = '' OR subject = ?) ORDER BY seq LIMIT ?",
-        (after, type_, type_, subject, subject, limit),
-    )
+    where, values = _where(type_, subject)
+    rows = store.read(f"SELECT * FROM events WHERE seq > ?{where} ORDER BY seq LIMIT ?", (after, *values, limit))
     return [_event(row) for row in rows]
 
 
 def newest(store: Store, count: int, *, type_: str = "", subject: str = "") -> list[Event]:
     """The last so many events in order; filters as in `read`."""
-    rows = store.read(
-        "SELECT * FROM events WHERE (? = '' OR type = ?) AND (? = '' OR subject = ?) ORDER BY seq DESC LIMIT ?",
-        (type_, type_, subject, subject, count),
-    )
+    where, values = _where(type_, subject)
+    rows = store.read(f"SELECT * FROM events WHERE seq > 0{where} ORDER BY seq DESC LIMIT ?", (*values, count))
     return [_event(row) for row in reversed(rows)]
 
 
 def find(store: Store, id_: str) -> list[Event]:
-    """The events of that id (or sequence number), of whatever source."""
-    rows = store.read("SELECT * FROM events WHERE id = ? OR seq = ?", (id_, int(id_) if id_.isdigit() else -1))
-    return [_event(row) for row in rows]
+    """The events of that id, of whatever source."""
+    return [_event(row) for row in store.read("SELECT * FROM events WHERE id = ?", (id_,))]
+
+
+def at(store: Store, seq: str) -> list[Event]:
+    """The event of that number in the log, as a person types it; empty if there is none."""
+    number = int(seq) if seq.isascii() and seq.isdecimal() and len(seq) < 19 else -1
+    return [_event(row) for row in store.read("SELECT * FROM events WHERE seq = ?", (number,))]
 
 
 def causes(store: Store, event: Event) -> list[Event]:
@@ -135,6 +136,14 @@ def advance_within(connection: sqlite3.Connection, name: str, seq: int) -> None:
         "INSERT INTO cursors (name, seq) VALUES (?,?) ON CONFLICT (name) DO UPDATE SET seq = max(seq, excluded.seq)",
         (name, seq),
     )
+
+
+def _where(type_: str, subject: str) -> tuple[str, list[str]]:
+    """Only the filters that are given, so that SQLite can use the index of one."""
+    given = {"type": type_, "subject": subject}
+    return "".join(f" AND {name} = ?" for name, value in given.items() if value), [
+        each for each in given.values() if each
+    ]
 
 
 def _event(row: Any) -> Event:

@@ -38,25 +38,34 @@ def mirror_apart(project: Project, model: str, patience: float = PATIENCE_SECOND
     """`mirror` in a process of its own, for so many seconds at most. Raises TrackerError."""
     command = [sys.executable, "-m", "registry.mlflow_mirror", model]
     try:
-        done = subprocess.run(command, cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              text=True, timeout=patience, check=False)  # fmt: skip
+        done = subprocess.run(command, cwd=project.root, capture_output=True, text=True, timeout=patience, check=False)
     except subprocess.TimeoutExpired:
         raise TrackerError(f"MLflow: no answer in {patience:.0f} s", fix="`ft doctor` shows which one it is") from None
     if done.returncode:
-        said = done.stdout.strip()
-        raise from_dict(json.loads(said)) if said else TrackerError(f"MLflow: its process ended ({done.returncode})")
+        raise _what_it_said(done.stdout, done.stderr)
+
+
+def mirror_model(project: Project, store: Store, model: str) -> int:
+    """`mirror` with the MLflow of the model's newest version."""
+    newest = adapters.versions(store, model)[-1]
+    return mirror(store, tracker_for(project, Finetune.model_validate(newest.body["recipe"])), model)
 
 
 def main() -> None:
-    """Tell MLflow of the model that is named; an error goes to standard output as JSON."""
+    """Tell MLflow of the model that is named; an error goes to standard output, as JSON in the last line."""
     try:
-        project, model = find_project(), sys.argv[1]
-        store = open_store(project)
-        newest = adapters.versions(store, model)[-1]
-        mirror(store, tracker_for(project, Finetune.model_validate(newest.body["recipe"])), model)
+        project = find_project()
+        mirror_model(project, open_store(project), sys.argv[1])
     except FtError as error:
         print(json.dumps(error.as_dict()), flush=True)
         sys.exit(error.exit_code)
+
+
+def _what_it_said(out: str, err: str) -> FtError:
+    try:
+        return from_dict(json.loads(out.strip().splitlines()[-1]))
+    except (IndexError, ValueError, AttributeError):
+        return TrackerError(f"MLflow: its process failed: {' '.join(err.split())[-300:]}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.errors import NotFound
+from registry.errors import NotFound, WrongInput
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,24 @@ def load_dotenv(start: Path) -> None:
     """Put the nearest `.env` above `start` into the environment; what is set already wins."""
     for folder in [start, *start.parents]:
         if (folder / ".env").is_file():
-            for key, value in _pairs((folder / ".env").read_text(encoding="utf-8")):
+            for key, value in _pairs(_text(folder / ".env")):
                 os.environ.setdefault(key, value)
             return
+
+
+def _text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongInput(f"cannot be read: {error}", place=str(file), fix="save it as UTF-8") from error
+    if "\0" in text:
+        raise WrongInput("is no text: it has a zero byte", place=str(file), fix="save it as UTF-8")
+    return text
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
     # python-dotenv costs 40 ms per command; the plain KEY=VALUE form is all that .env.example promises.
     for line in text.splitlines():
         key, sign, value = line.strip().removeprefix("export ").partition("=")
-        if sign and not key.startswith("#"):
+        if sign and key.strip() and not key.startswith("#"):
             yield key.strip(), value.strip().strip("\"'")

@@ -133,7 +133,15 @@ def earlier_active(store: Store, run: Run) -> list[str]:
 def set_wish(store: Store, run_id: str, wish: str) -> None:
     """Write down what a person wants of a run ('cancel' or 'resume'); a worker acts on it."""
     with store.writing() as connection:
-        connection.execute("UPDATE runs SET wish = ? WHERE id = ?", (wish, run_id))
+        set_wish_within(connection, run_id, wish)
+
+
+def set_wish_within(connection: sqlite3.Connection, run_id: str, wish: str) -> None:
+    """The same in a transaction of the caller's. A run that has ended meanwhile cannot be cancelled any more."""
+    connection.execute(
+        "UPDATE runs SET wish = ? WHERE id = ? AND (? != 'cancel' OR state IN ('submitted', 'running'))",
+        (wish, run_id, wish),
+    )
 
 
 def clear_wish(store: Store, run_id: str, wish: str) -> None:
@@ -195,7 +203,7 @@ def untold(store: Store) -> list[Run]:
 
 def mark_told(store: Store, run: Run) -> None:
     with store.writing() as connection:
-        connection.execute("UPDATE runs SET told = ? WHERE id = ?", (run.state, run.id))
+        connection.execute("UPDATE runs SET told = ? WHERE id = ? AND state = ?", (run.state, run.id, run.state))
 
 
 def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:

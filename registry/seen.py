@@ -1,4 +1,7 @@
-"""What was last seen of datasets and recipes, so that a change becomes exactly one event, whoever notices it first."""
+"""What was last seen of datasets, recipes and clocks, so that a change is exactly one event, whoever notices it first.
+
+Datasets and recipes are seen by branch: to check out another branch is no news, what comes to a branch by a merge is.
+"""
 
 from __future__ import annotations
 
@@ -11,60 +14,78 @@ from registry.store import Store
 from registry.tracked_data import tracked_datasets
 
 Kind = Literal["dataset", "recipe", "schedule"]
-# The name of no thing: that somebody has begun to watch this kind.
-WATCHED = ""
+DATASET = "dataset.versioned"
 
 
 def note_value(
-    store: Store, kind: Kind, name: str, value: str, type_: str, data: dict[str, Any], subject: str = ""
+    store: Store, kind: Kind, name: str, value: str, type_: str, data: dict[str, Any], branch: str = ""
 ) -> bool:
-    """Append the event if the value is another than was last seen; False if it is the same.
+    """Append the event if the value is another than was last seen (on that branch); False if it is the same.
 
-    A value that comes back after another is a change as well, so the event's id counts the changes. The event's
-    subject is the name where nothing else is said.
+    A value that comes back after another is a change as well, so the event's id counts the changes.
     """
+    key = f"{branch}:{name}"
     with store.writing() as connection:
-        row = connection.execute("SELECT value, count FROM seen WHERE kind = ? AND name = ?", (kind, name)).fetchone()
+        row = connection.execute("SELECT value, count FROM seen WHERE kind = ? AND name = ?", (kind, key)).fetchone()
         if row and row["value"] == value:
             return False
         count = row["count"] + 1 if row else 1
-        connection.execute("INSERT OR REPLACE INTO seen VALUES (?,?,?,?)", (kind, name, value, count))
-        event = new_event(f"ft/{kind}s", type_, subject or name, data, key=f"{name}@{value}#{count}")
+        connection.execute("INSERT OR REPLACE INTO seen VALUES (?,?,?,?)", (kind, key, value, count))
+        event = new_event(f"ft/{kind}s", type_, name, {**data, "branch": branch}, key=f"{key}@{value}#{count}")
         append_within(connection, event)
         return True
 
 
-def last_seen(store: Store, kind: Kind, name: str) -> str | None:
-    row = store.first("SELECT value FROM seen WHERE kind = ? AND name = ?", (kind, name))
-    return str(row["value"]) if row else None
-
-
-def note_silently(store: Store, kind: Kind, values: dict[str, str]) -> None:
-    """What was there before anybody watched is no news."""
+def note_clock(store: Store, recipe: str, line: str, zone: str, due: float) -> bool:
+    """Append that the recipe's cron line has come due, once for each time."""
+    key = f"{recipe}: {line} {zone}"
     with store.writing() as connection:
-        rows = [(kind, name, value) for name, value in values.items()]
-        connection.executemany("INSERT OR IGNORE INTO seen VALUES (?,?,?,0)", rows)
+        connection.execute("INSERT OR REPLACE INTO seen VALUES ('schedule', ?, ?, 0)", (key, str(due)))
+        data = {"cron": line, "due": due}
+        return append_within(connection, new_event("ft/schedules", "schedule.fired", recipe, data, key=f"{key}@{due}"))
+
+
+def last_clock(store: Store, recipe: str, line: str, zone: str, now: float) -> float:
+    """When the line was last done with. What was due before anybody watched is not made up for."""
+    key = f"{recipe}: {line} {zone}"
+    row = store.first("SELECT value FROM seen WHERE kind = 'schedule' AND name = ?", (key,))
+    if row and float(row["value"]) <= now:
+        return float(row["value"])
+    with store.writing() as connection:  # not seen yet, or seen while the clock was wrong
+        connection.execute("INSERT OR REPLACE INTO seen VALUES ('schedule', ?, ?, 0)", (key, str(now)))
+    return now
 
 
 def note_datasets(project: Project, store: Store) -> int:
     """An event for each dataset whose version in DVC's records has changed; how many."""
-    data = {"branch": git_branch(project.root)}
-    values = {each.path: (each.hash, {**data, "hash": each.hash}) for each in tracked_datasets(project)}
-    return note_all(store, "dataset", "dataset.versioned", values)
+    values = {each.path: (each.hash, {"hash": each.hash}) for each in tracked_datasets(project)}
+    return note_all(project, store, "dataset", DATASET, values)
 
 
-def note_all(store: Store, kind: Kind, type_: str, values: dict[str, tuple[str, dict[str, Any]]]) -> int:
-    """`note_value` of each (value, data) by name; how many were news."""
-    known = {row["name"]: row["value"] for row in store.read("SELECT name, value FROM seen WHERE kind = ?", (kind,))}
-    if WATCHED not in known:
-        note_silently(store, kind, {**{name: value for name, (value, _) in values.items()}, WATCHED: ""})
+def note_all(
+    project: Project, store: Store, kind: Kind, type_: str, values: dict[str, tuple[str, dict[str, Any]]]
+) -> int:
+    """`note_value` of each (value, data) by name; how many were news. What was there at the first look is none."""
+    branch = git_branch(project.root)
+    if branch is None:  # in the middle of a rebase, or at an old commit: nothing that is there is meant to stay
         return 0
-    changed = [name for name, (value, _) in values.items() if known.get(name) != value]
-    return sum(note_value(store, kind, name, values[name][0], type_, values[name][1]) for name in changed)
+    known = {row["name"]: row["value"] for row in store.read("SELECT name, value FROM seen WHERE kind = ?", (kind,))}
+    if f"{branch}:" not in known:
+        first = {f"{branch}:": "", **{f"{branch}:{name}": value for name, (value, _) in values.items()}}
+        with store.writing() as connection:
+            rows = [(kind, name, value) for name, value in first.items()]
+            connection.executemany("INSERT OR IGNORE INTO seen VALUES (?,?,?,0)", rows)
+        return 0
+    changed = {name: each for name, each in values.items() if known.get(f"{branch}:{name}") != each[0]}
+    return sum(note_value(store, kind, name, value, type_, data, branch) for name, (value, data) in changed.items())
 
 
-def git_branch(root: Path) -> str:
-    """The branch that is checked out; '' outside of git or on no branch. Read, because starting git takes longer."""
-    head = root / ".git" / "HEAD"
-    text = head.read_text(encoding="utf-8").strip() if head.is_file() else ""
-    return text.removeprefix("ref: refs/heads/") if text.startswith("ref: ") else ""
+def git_branch(root: Path) -> str | None:
+    """The branch that is checked out; '' outside of git, None on no branch. Read, because starting git takes longer."""
+    place = next((each / ".git" for each in (root, *root.parents) if (each / ".git").exists()), None)
+    if place is None:
+        return ""
+    if place.is_file():  # a worktree or a submodule: the file says where its folder is
+        place = place.parent / place.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+    text = (place / "HEAD").read_text(encoding="utf-8").strip()
+    return text.removeprefix("ref: refs/heads/") if text.startswith("ref: ") else None

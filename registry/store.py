@@ -69,8 +69,11 @@ MIGRATIONS = [
     CREATE TABLE seen (
         kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, count INTEGER NOT NULL,
         PRIMARY KEY (kind, name));
+    CREATE INDEX events_by_id ON events (id);
     CREATE INDEX events_by_type ON events (type, seq);
     CREATE INDEX events_by_subject ON events (subject, seq);
+    CREATE INDEX runs_by_time ON runs (created);
+    CREATE INDEX runs_with_wishes ON runs (wish) WHERE wish IS NOT NULL;
     """,
 ]
 
@@ -115,17 +118,22 @@ class Store:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise StoreError(
-                f"the project's database cannot be used: {error}",
-                place=str(self.path),
-                fix="free disk space or close what holds the file, then try again (`ft doctor` shows both)",
-            ) from error
+            raise _unusable(self.path, error) from error
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> StoreError:
+    damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+    fix = "free disk space or close what holds the file, then try again (`ft doctor` shows both)"
+    if damaged:
+        fix = "put a backup in its place; without one move it away, and MLflow and .ft/adapters still have the versions"
+    return StoreError(f"the project's database cannot be used: {error}", place=str(path), fix=fix)
 
 
 class Changes:
     """Notices writes of other connections at the price of one PRAGMA, so that waiting costs almost nothing."""
 
     def __init__(self, store: Store) -> None:
+        self._path = store.path
         self._connection = sqlite3.connect(store.path, timeout=30, isolation_level=None, check_same_thread=False)
         self._seen = self._version()
 
@@ -140,7 +148,10 @@ class Changes:
         return False
 
     def _version(self) -> int:
-        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        try:
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error as error:
+            raise _unusable(self._path, error) from error
 
 
 def open_store(project: Project) -> Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from cli.waking import has_triggers
+from registry import adapters
 from registry.decisions import CURSOR
 from registry.event_types import as_markdown
 from registry.events import append, cursor, new_event, read
@@ -52,7 +54,7 @@ def test_an_event_is_posted_once_decided_by_a_worker_and_explained(project: Proj
     assert [each["reason"] for each in story(project, "e1")["decisions"]] == [
         "external.go of ft/cli, but dry_run is set"
     ]
-    assert "does not listen to external.go" in story(project, "e2")["decisions"][0]["reason"]
+    assert "has no trigger for external.go" in story(project, "e2")["decisions"][0]["reason"]
     told = ft(project, "events", "why", "e1").stdout
     assert "m: did not start: external.go of ft/cli, but dry_run is set" in told
 
@@ -67,6 +69,10 @@ def test_an_event_is_posted_once_decided_by_a_worker_and_explained(project: Proj
         (["dataset.versioned"], "'hash' is a required property"),
         (["external.go", "--data", "{"], "not valid JSON"),
         (["external.go", "--data", "[1]"], "data is a JSON object"),
+        (["external.go", "--data", '{"a": NaN}'], "NaN is no number in JSON"),
+        (["external.go", "--data", '{"a": 1e999}'], "not valid JSON"),
+        (["external.go", "--data", '{"a": "\\ud800"}'], "not valid JSON"),
+        (["external.go", "--subject", "two\nlines"], "printable characters on one line"),
         (["external.go", "--source", "ft/runs"], "no source"),
         (["external.go", "--source", "two words"], "no source"),
     ],
@@ -106,6 +112,9 @@ def test_a_run_that_a_person_started_says_so(project: Project, store: Store) -> 
     assert "a person started it" in ft(project, "events", "why", run.id).stdout
     done = ft(project, "events", "why", "nothing")
     assert (done.returncode, "no run and no event 'nothing'" in done.stderr) == (2, True)
+    assert ft(project, "events", "why", "9" * 30).returncode == 2
+    adapters.add_version(store, "m", 1, run.id, "adapters/m/1", {})  # its event has the run's id as well
+    assert "a person started it" in ft(project, "events", "why", run.id).stdout
 
 
 def test_the_published_list_is_the_one_in_the_code() -> None:
@@ -116,5 +125,12 @@ def test_recipes_with_triggers_are_known_at_a_glance(project: Project) -> None:
     assert not has_triggers(project)
     (project.root / "recipes" / "m.yaml").write_text(RECIPE.partition("on:")[0])
     assert not has_triggers(project)
-    (project.root / "recipes" / "m.yaml").write_text(RECIPE)
+    for key in ("on:", '"on":', "on :"):
+        (project.root / "recipes" / "m.yaml").write_text(RECIPE.replace("on:", key))
+        assert has_triggers(project)
+    (project.root / "recipes" / ".#m.yaml").symlink_to("nobody@nowhere")
+    (project.root / "recipes" / "a.yaml").symlink_to("a.yaml")
+    (project.root / "recipes" / "folder.yaml").mkdir()
+    (project.root / "recipes" / "latin.yaml").write_bytes(b"\xff\xfe")
+    os.mkfifo(project.root / "recipes" / "fifo.yaml")
     assert has_triggers(project)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import NotFound
+from registry.errors import NotFound, WrongInput
 from registry.project import Project, cache_folder, find_project
 
 
@@ -71,3 +71,16 @@ def test_the_cache_is_in_the_persons_home(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache_folder() == (Path.home() / ".cache" / "ft").resolve()
     monkeypatch.setenv("FT_CACHE", "~/elsewhere")
     assert cache_folder() == (Path.home() / "elsewhere").resolve()
+
+
+@pytest.mark.parametrize("content", ["FT_X=1".encode("utf-16"), b"FT_X=\xff\n", b"FT_X=a\0b\n"])
+def test_a_dotenv_that_is_no_text_is_named(content: bytes, root: Path) -> None:
+    (root / ".env").write_bytes(content)
+    with pytest.raises(WrongInput) as caught:
+        find_project(root)
+    assert caught.value.place == str(root / ".env")
+
+
+def test_a_dotenv_line_without_a_name_is_left_out(root: Path) -> None:
+    (root / ".env").write_text("=1\n")
+    find_project(root)

@@ -61,12 +61,17 @@ def test_what_a_recipe_listens_to(on: dict[str, Any], what: Event, heard: bool) 
     ("on", "past", "said"),
     [
         ({"cooldown": "1h"}, Past(begun=(NOW - 2 * HOUR,)), ""),
-        ({"cooldown": "3h"}, Past(begun=(NOW - 9 * HOUR, NOW - 2 * HOUR)), "the last run began 7200 s ago"),
-        ({"cooldown": "1h"}, Past(begun=(NOW + 60,)), "the last run began 0 s ago"),  # the clock was set back
+        ({"cooldown": "3h"}, Past(begun=(NOW - 9 * HOUR, NOW - 2 * HOUR)), "the last run was submitted 7200 s ago"),
+        ({"cooldown": "1h", "max_runs_per_day": 1}, Past(begun=(NOW + 60,)), ""),  # the clock was set back
         ({"max_runs_per_day": 2}, Past(begun=(NOW - 25 * HOUR, NOW - HOUR)), ""),
-        ({"max_runs_per_day": 2}, Past(begun=(NOW - 2 * HOUR, NOW - HOUR)), "2 runs began in the last 24 hours"),
-        ({"if_running": "skip"}, Past(active="support-1"), "support-1 is on, and if_running is skip"),
-        ({"if_running": "queue"}, Past(active="support-1"), ""),
+        (
+            {"max_runs_per_day": 2},
+            Past(begun=(NOW - 2 * HOUR, NOW - HOUR)),
+            "2 runs were submitted in",
+        ),
+        ({"if_running": "skip"}, Past(active=("support-1",)), "support-1 is on, and if_running is skip"),
+        ({"if_running": "queue"}, Past(active=("support-1",)), ""),
+        ({"if_running": "queue"}, Past(active=("support-1", "support-2")), "support-2 waits already"),
         ({"dry_run": True}, Past(), "dry_run is set"),
         ({}, Past(chain=("a", "support", "b")), "it would go round in a circle: support -> b -> support"),
         ({}, Past(chain=("a", "b")), ""),
@@ -86,6 +91,29 @@ def test_a_branch_is_matched_as_a_pattern() -> None:
     assert not decide(on, event("external.go", branch="main"), Past(), NOW).fired
 
 
+def test_branches_silence_nothing_that_has_none() -> None:
+    on = subscriber(schedule=["0 3 * * *"], event=[{"type": "adapter.*"}], branches=["main"])
+    assert decide(on, event("schedule.fired", "support", cron="0 3 * * *"), Past(), NOW).fired
+    assert decide(on, event("adapter.rolled_back", "tickets@1"), Past(), NOW).fired
+
+
+def test_each_trigger_stands_for_itself() -> None:
+    on = subscriber(feedback={"count": 9}, event=[{"type": "feedback.received", "where": {"rating": 1}}])
+    assert decide(on, event("feedback.received", "tickets@1", rating=1), Past(feedback=1), NOW).fired
+    assert not decide(on, event("feedback.received", "tickets@1", rating=2), Past(feedback=2), NOW).fired
+
+
+@pytest.mark.parametrize(("there", "fires"), [(0, False), (2, False), (3, True), (4, False), (6, True)])
+def test_feedback_from_the_beginning_on_starts_a_run_for_each_count(there: int, fires: bool) -> None:
+    on = subscriber(feedback={"count": 3, "since_last_run": False})
+    assert decide(on, event("feedback.received", "tickets@1"), Past(feedback=there), NOW).fired is fires
+
+
+def test_a_path_that_is_written_otherwise_is_the_same_dataset() -> None:
+    on = Subscriber("support", "tickets", "./datasets/tickets/", Triggers(dataset=True))
+    assert listens(on, event("dataset.versioned", "datasets/tickets"))
+
+
 def test_enough_feedback_starts_a_run() -> None:
     on = subscriber(feedback={"count": 20})
     said = decide(on, event("feedback.received", "tickets@1"), Past(feedback=19), NOW)
@@ -94,8 +122,8 @@ def test_enough_feedback_starts_a_run() -> None:
 
 
 def test_replace_names_the_run_that_it_replaces() -> None:
-    decision = decide(subscriber(**ANY, if_running="replace"), GO, Past(active="support-1"), NOW)
-    assert (decision.fired, decision.replaces) == (True, "support-1")
+    decision = decide(subscriber(**ANY, if_running="replace"), GO, Past(active=("support-1",)), NOW)
+    assert (decision.fired, decision.replaces) == (True, ("support-1",))
 
 
 def test_an_event_has_one_run_id_for_each_recipe() -> None:
@@ -110,6 +138,8 @@ def test_an_event_has_one_run_id_for_each_recipe() -> None:
         ({"schedule": ["0 3 * *"]}, "five fields"),
         ({"schedule": ["61 3 * * *"]}, "no cron line"),
         ({"schedule": ["0 0 30 2 *"]}, "never fires"),
+        ({"schedule": ["R R * * *"]}, "r r is neither a day nor a month"),
+        ({"event": [{"type": "adapter.rolledback"}]}, "did you mean adapter.rolled_back"),
         ({"schedule": ["0 3 * * *"], "timezone": "Asia/Soul"}, "no such time zone"),
         ({**ANY, "cooldown": "soon"}, "a duration is"),
         ({**ANY, "if_running": "wait"}, "'queue', 'replace' or 'skip'"),
