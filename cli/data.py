@@ -47,6 +47,7 @@ def add(  # noqa: PLR0913, PLR0917
     project = find_project()
     _check_name(name)
     mapping = Mapping(prompt or None, answer or None, template or None, system or None, _keep(keep or []))
+    _refuse_no_number({"--eval-part": eval_part, "--test-part": test_part})
     splits = _split(file, test_file, mapping, {"eval_part": eval_part, "test_part": test_part, "seed": seed})
     facts = _facts(splits, file, test_file, {**asdict(mapping), "seed": seed})
     version = store_version(project, name, lambda folder: _write(folder, splits, facts), replace=replace)
@@ -121,6 +122,14 @@ def _keep(texts: list[str]) -> dict[str, list[str]]:
             raise WrongInput(f"--keep {text}: not of the form COLUMN=V1,V2", fix="--keep category=refund,delivery")
         kept.setdefault(column, []).extend(value.strip() for value in values.split(","))
     return kept
+
+
+def _refuse_no_number(parts: dict[str, float]) -> None:
+    from registry.errors import WrongInput
+
+    for option, part in parts.items():
+        if part != part:  # noqa: PLR0124  nan passes min and max
+            raise WrongInput("is no number", place=option, fix="give a part like 0.1")
 
 
 def _split(file: Path, test_file: Path | None, mapping: Mapping, how: dict[str, Any]) -> Splits:

@@ -20,7 +20,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 
 @app.command()
 def tail(
-    count: Annotated[int, typer.Option("--lines", "-n", min=0, help="The newest so many")] = 20,
+    count: Annotated[int, typer.Option("--lines", "-n", min=0, max=1_000_000, help="The newest so many")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes")] = False,
     type_: Annotated[str, typer.Option("--type", help="Only of this type")] = "",
     subject: Annotated[str, typer.Option("--subject", help="Only of this run, version, dataset or recipe")] = "",

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from registry.errors import FtError, Trouble
+from registry.errors import FtError, Trouble, WrongInput
 
 # name -> (module, function or sub-app, what --help says)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -74,6 +74,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 def main() -> None:
     """The console script."""
     try:
+        _refuse_broken_text(sys.argv[1:])
         app(prog_name="ft")
     except FtError as error:
         if os.environ.get("FT_DEBUG"):
@@ -90,6 +91,13 @@ def main() -> None:
             raise
         _print_error(Trouble(f"a defect of ft: {type(error).__name__}: {error}", fix="`ft --debug ...` shows where"))
         sys.exit(1)
+
+
+def _refuse_broken_text(arguments: list[str]) -> None:
+    """Bytes that are no UTF-8 come as lone surrogates, which neither SQLite nor a file takes."""
+    for argument in arguments:
+        if any("\ud800" <= each <= "\udfff" for each in argument):
+            raise WrongInput("an argument is not UTF-8 text", place=ascii(argument), fix="type it again")
 
 
 def _print_error(error: FtError) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def runs(
-    limit: Annotated[int, typer.Option("--limit", "-n", help="The newest so many")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1_000_000, help="The newest so many")] = 20,
     active: Annotated[bool, typer.Option("--active", help="Only those that are on")] = False,
     recipe: Annotated[str, typer.Option("--recipe", help="Only of this recipe")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,

@@ -7,6 +7,7 @@ verdict was made against. MLflow's aliases are projected from these rows (`regis
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from dataclasses import asdict, dataclass, replace
@@ -101,7 +102,7 @@ def find_version(store: Store, reference: str) -> Version:
     """The version that `MODEL`, `MODEL@N` or `MODEL@alias` means (champion where nothing is said)."""
     model, _, which = reference.partition("@")
     which = which or "champion"
-    number = int(which) if which.isdigit() else aliases(store, model).get(which)
+    number = int(which) if re.fullmatch("[0-9]{1,9}", which) else aliases(store, model).get(which)
     if number is None:
         has = ", ".join(f"{alias} = {version}" for alias, version in aliases(store, model).items())
         raise NotFound(f"{model} has no '{which}'", fix=f"it has: {has or 'no version'}; `ft models` lists all models")

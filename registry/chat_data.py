@@ -85,16 +85,23 @@ def read_rows(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
     return rows, problems
 
 
+def file_bytes(path: Path) -> tuple[bytes, str]:
+    """A file's content, and what is wrong with it."""
+    try:
+        if path.exists() and not path.is_file():
+            return b"", "is not a file"  # to read a FIFO would wait for ever
+        return path.read_bytes(), ""
+    except FileNotFoundError:
+        return b"", "no such file"
+    except OSError as error:
+        return b"", f"cannot be read: {error.strerror}"
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
     """(line number, JSON value, what is wrong) of each line that is not blank; line 0: the whole file."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        yield (
-            0,
-            None,
-            "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}",
-        )
+    raw, wrong = file_bytes(path)
+    if wrong:
+        yield 0, None, wrong
         return
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         yield 1, None, "not UTF-8 text but UTF-16; save it as UTF-8"

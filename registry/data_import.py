@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from registry.chat_data import Row, read_lines, read_rows, refuse
+from registry.chat_data import Row, file_bytes, read_lines, read_rows, refuse
 from registry.errors import DataError
 
 COLUMN = re.compile(r"\{([^{}]+)\}")
@@ -184,10 +184,9 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, Record, str]
 
 
 def _text(path: Path) -> tuple[str, str]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        return "", "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    raw, wrong = file_bytes(path)
+    if wrong:
+        return "", wrong
     if not raw.removeprefix(b"\xef\xbb\xbf").strip():
         return "", "the file is empty"
     try:

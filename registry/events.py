@@ -7,6 +7,7 @@ because every append locks the file before it takes a number; so a cursor that h
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 import uuid
@@ -96,7 +97,7 @@ def find(store: Store, id_: str) -> list[Event]:
 
 def at(store: Store, seq: str) -> list[Event]:
     """The event of that number in the log, as a person types it; empty if there is none."""
-    number = int(seq) if seq.isascii() and seq.isdecimal() and len(seq) < 19 else -1
+    number = int(seq) if re.fullmatch("[0-9]{1,18}", seq) else -1
     return [_event(row) for row in store.read("SELECT * FROM events WHERE seq = ?", (number,))]
 
 

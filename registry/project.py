@@ -55,8 +55,11 @@ class Project:
 
 def find_project(start: Path | None = None) -> Project:
     """The project that `start` (default: here) lies in. Raises NotFound outside of any."""
-    load_dotenv((start or Path.cwd()).resolve())
-    here = (start or Path(os.environ.get("FT_PROJECT") or Path.cwd())).resolve()
+    try:
+        load_dotenv((start or Path.cwd()).resolve())
+        here = (start or Path(os.environ.get("FT_PROJECT") or Path.cwd())).resolve()
+    except FileNotFoundError:
+        raise NotFound("the folder that you are in is gone", fix="`cd` to one that is there") from None
     for folder in [here, *here.parents]:
         if (folder / "recipes").is_dir() and ((folder / ".dvc").is_dir() or (folder / "dvc.yaml").is_file()):
             return Project(root=folder, home=_home(folder), cache=cache_folder())

@@ -223,8 +223,13 @@ def expand(text: str | None, place: str) -> str | None:
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():
-        raise RecipeError("no such recipe", place=str(path), fix=_nearest_file(path))
+    try:
+        if path.exists() and not path.is_file():
+            raise RecipeError("a recipe is a file, and this is none", place=str(path), fix=_nearest_file(path / "x"))
+        if not path.is_file():
+            raise RecipeError("no such recipe", place=str(path), fix=_nearest_file(path))
+    except OSError as error:  # a link to itself, a name of thousands of characters
+        raise RecipeError(f"cannot be read: {error.strerror}", place=str(path)[:200]) from error
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(f"larger than {MAX_BYTES} bytes, so hardly a recipe", place=str(path))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import typer
 
 from cli.main import COMMANDS, app
 from registry.project import Project
-from tests.conftest import run_bounded
+from tests.conftest import ROOT, run_bounded
 
 FT = [sys.executable, "-m", "cli.main"]
 HEAVY = ("pydantic", "rich", "mlflow", "dbos", "torch", "sqlalchemy", "yaml", "numpy")
@@ -88,6 +89,14 @@ def test_what_is_typed_often_comes_fast_and_imports_nothing_heavy(command: str, 
         (["run", "x.yaml", "--fast"], "No such option: --fast"),
         (["recipe", "chekc"], "No such command 'chekc'"),
         (["runs", "--limit", "many"], "Invalid value for '--limit'"),
+        (["runs", "-n", "9" * 20], "Invalid value for '--limit'"),
+        (["events", "tail", "-n", "9" * 20], "Invalid value for '--lines'"),
+        (["show", "\udcff"], "an argument is not UTF-8 text"),
+        (["promote", "m@²"], "m has no '²'"),
+        (["promote", "m@" + "9" * 20], "m has no '999"),
+        (["recipe", "check", "recipes"], "recipes: a recipe is a file, and this is none"),
+        (["recipe", "check", "x" * 5000], "cannot be read: File name too long"),
+        (["data", "add", "d", "x.jsonl", "--eval-part", "nan"], "--eval-part: is no number"),
     ],
 )
 def test_what_is_typed_wrongly_exits_2(arguments: list[str], words: str, project: Project) -> None:
@@ -144,6 +153,20 @@ def test_debug_shows_where(project: Project) -> None:
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "NotFound" in done.stderr
+
+
+def test_in_a_folder_that_is_gone_it_is_said(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && {sys.executable} -m cli.main runs"
+    done = run_bounded(["sh", "-c", command], 60, env={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, "the folder that you are in is gone" in done.stderr) == (2, True)
+
+
+def test_a_fifo_is_no_data(project: Project) -> None:
+    os.mkfifo(project.root / "rows.jsonl")
+    done = ft("data", "add", "d", "rows.jsonl", cwd=project.root)
+    assert (done.returncode, "rows.jsonl: is not a file" in done.stderr) == (2, True)
 
 
 def test_outside_of_a_project_it_is_said_how_to_make_one(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path: Path) -> 
     assert message_of(tmp_path / "suport.yaml") == (
         f"{tmp_path}/suport.yaml: no such recipe\n  -> did you mean {path}?"
     )
-    assert message_of(tmp_path) == f"{tmp_path}: no such recipe\n  -> there is: none yet; see `ft init`"
+    assert message_of(tmp_path) == f"{tmp_path}: a recipe is a file, and this is none\n  -> did you mean {path}?"
 
 
 def test_the_files_name_stands_in_for_name_and_model(tmp_path: Path) -> None:
