@@ -66,7 +66,8 @@ TYPES: dict[str, EventType] = {
     ),
     "adapter.served": EventType(
         "the gateway's public name leads to the version", "model@N", {"at": NUMBER},
-        {"version": TEXT, "seconds": {"type": "object"}, "parity": {"type": "object"}, "since_promotion": NUMBER},
+        {"version": TEXT, "from": OPTIONAL_TEXT, "route": TEXT, "seconds": {"type": "object"},
+         "parity": {"type": "object"}, "since_promotion": NUMBER},
     ),
     "adapter.refused": EventType(
         "the server would not serve the version", "model@N", {"reason": TEXT},
