@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -128,7 +129,7 @@ def _refuse_no_number(parts: dict[str, float]) -> None:
     from registry.errors import WrongInput
 
     for option, part in parts.items():
-        if part != part:  # noqa: PLR0124  nan passes min and max
+        if math.isnan(part):  # it passes min and max
             raise WrongInput("is no number", place=option, fix="give a part like 0.1")
 
 

@@ -180,8 +180,8 @@ def _story(project: Project, store: Store, event: Event) -> dict[str, Any]:
 
 def _deaf(project: Project, event: Event, decided: list[Decision]) -> list[Decision]:
     """Recipes that have triggers now, and nothing was decided for them."""
-    from cli.waking import recipe_files
     from registry.errors import FtError
+    from registry.project import recipe_files
     from registry.recipe import load_recipe
     from registry.triggers import Decision, Subscriber, listens
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from registry.project import Project
+from registry.project import Project, recipe_files
 
 ON = re.compile(r"""^["']?on["']?\s*:""", re.MULTILINE)
 
@@ -26,19 +26,6 @@ def noticing(project: Project) -> Iterator[None]:
 def has_triggers(project: Project) -> bool:
     """A quick look: does any recipe have a line that begins with `on:`?"""
     return any(ON.search(_text(file)) for file in recipe_files(project))
-
-
-def recipe_files(project: Project) -> list[Path]:
-    """The project's recipes; editors keep links of names that begin with a dot beside them."""
-    found = sorted((project.root / "recipes").glob("*.y*ml"))
-    return [file for file in found if not file.name.startswith(".") and _is_file(file)]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a link to itself
-        return False
 
 
 def _text(file: Path) -> str:

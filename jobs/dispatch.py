@@ -19,7 +19,7 @@ from registry import recipe as recipes
 from registry.decisions import CURSOR, past_of, settle
 from registry.errors import FtError, RecipeError, StoreError
 from registry.events import Event, advance, cursor, read
-from registry.project import Project
+from registry.project import Project, recipe_files
 from registry.recipe import Recipe
 from registry.seen import last_clock, note_all, note_clock, note_datasets
 from registry.store import Store
@@ -111,7 +111,7 @@ class Dispatcher:
 
     def _known(self) -> list[Known]:
         """The project's recipes, read again when their files change; what is wrong is told of once, and left out."""
-        self._files = {path: each for path in self._paths() if (each := self._read(path))}
+        self._files = {path: each for path in recipe_files(self.project) if (each := self._read(path))}
         known: dict[str, Known] = {}
         for path, (_, loaded) in self._files.items():
             if isinstance(loaded, FtError):
@@ -123,15 +123,9 @@ class Dispatcher:
                 known[loaded.name] = Known(loaded, str(path.relative_to(self.project.root)))
         return list(known.values())
 
-    def _paths(self) -> list[Path]:
-        found = sorted((self.project.root / "recipes").glob("*.y*ml"))
-        return [path for path in found if not path.name.startswith(".")]  # editors keep links of such names
-
     def _read(self, path: Path) -> tuple[int, Recipe | FtError] | None:
         try:
             changed, before = path.stat().st_mtime_ns, self._files.get(path)
-            if not path.is_file():  # a FIFO would keep whoever reads it
-                return None
             return before if before and before[0] == changed else (changed, recipes.load_recipe(path))
         except FtError as error:
             return changed, error

@@ -7,8 +7,11 @@ its own: importing mlflow takes seconds, and a command must end however long MLf
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from registry import adapters
 from registry.errors import FtError, TrackerError, from_dict
@@ -17,8 +20,9 @@ from registry.project import Project, find_project
 from registry.recipe import Finetune
 from registry.store import Store, open_store
 
-# Once in some hundred times on a machine with more work than cores, `ft rollback` never came back from MLflow.
+# Once, in CI with more work than cores, `ft rollback` was still in MLflow (or ending) after nine minutes.
 PATIENCE_SECONDS = 120.0
+CONNECT_SECONDS = 5.0
 
 
 def mirror(store: Store, tracker: Tracker, model: str) -> int:
@@ -36,6 +40,7 @@ def mirror(store: Store, tracker: Tracker, model: str) -> int:
 
 def mirror_apart(project: Project, model: str, patience: float = PATIENCE_SECONDS) -> None:
     """`mirror` in a process of its own, for so many seconds at most. Raises TrackerError."""
+    _refuse_if_away(_tracker(project, open_store(project), model).uri)
     command = [sys.executable, "-m", "registry.mlflow_mirror", model]
     try:
         done = subprocess.run(command, cwd=project.root, capture_output=True, text=True, timeout=patience, check=False)
@@ -47,8 +52,7 @@ def mirror_apart(project: Project, model: str, patience: float = PATIENCE_SECOND
 
 def mirror_model(project: Project, store: Store, model: str) -> int:
     """`mirror` with the MLflow of the model's newest version."""
-    newest = adapters.versions(store, model)[-1]
-    return mirror(store, tracker_for(project, Finetune.model_validate(newest.body["recipe"])), model)
+    return mirror(store, _tracker(project, store, model), model)
 
 
 def main() -> None:
@@ -59,6 +63,26 @@ def main() -> None:
     except FtError as error:
         print(json.dumps(error.as_dict()), flush=True)
         sys.exit(error.exit_code)
+
+
+def _tracker(project: Project, store: Store, model: str) -> Tracker:
+    newest = adapters.versions(store, model)[-1]
+    return tracker_for(project, Finetune.model_validate(newest.body["recipe"]))
+
+
+def _refuse_if_away(uri: str) -> None:
+    """Where nobody listens, seconds of importing mlflow only delay the answer. Behind a proxy nothing is known."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return
+    if parts.scheme in getproxies() and not proxy_bypass(parts.hostname):
+        return
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise TrackerError(f"MLflow: nobody answers: {error}", place=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}",
+                           fix="start it again (or check MLFLOW_TRACKING_URI)") from error  # fmt: skip
 
 
 def _what_it_said(out: str, err: str) -> FtError:

@@ -70,6 +70,12 @@ def find_project(start: Path | None = None) -> Project:
     )
 
 
+def recipe_files(project: Project) -> list[Path]:
+    """The project's recipes: files only (a FIFO keeps its reader), without the hidden links that editors make."""
+    found = sorted((project.root / "recipes").glob("*.y*ml"))
+    return [path for path in found if not path.name.startswith(".") and _is_file(path)]
+
+
 def user_name() -> str:
     """Who works here, for what is written down of a run or a promotion."""
     try:
@@ -81,6 +87,13 @@ def user_name() -> str:
 def cache_folder() -> Path:
     """Base models, environments and card locks, shared by all projects (`$FT_CACHE`)."""
     return Path(os.environ.get("FT_CACHE") or Path.home() / ".cache" / "ft").expanduser().resolve()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a link to itself
+        return False
 
 
 def _home(root: Path) -> Path:
