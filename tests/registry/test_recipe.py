@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -191,7 +191,7 @@ words = some.text(some.characters(exclude_categories=["Cs"]), max_size=30).filte
 names = some.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)
 shares = some.floats(0, 1)
 counts = some.integers(1, 10_000)
-ranks = some.sampled_from(LoraRank.__args__)  # type: ignore[attr-defined]
+ranks = some.sampled_from(get_args(LoraRank))
 loras = given_keys(
     rank=ranks, alpha=counts, dropout=some.floats(0, 0.99), targets=some.just("all-linear") | some.lists(words)
 )
