@@ -32,10 +32,10 @@ def tail(
     """
     from registry.events import newest, read
     from registry.project import find_project
-    from registry.store import Changes, open_store
+    from registry.store import open_store
 
     store = open_store(find_project())
-    changes = Changes(store)
+    changes = store.database.changes()
     shown = newest(store, count, type_=type_, subject=subject)
     last = 0 if shown or not follow else max((each.seq for each in newest(store, 1)), default=0)
     while True:

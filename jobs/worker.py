@@ -17,7 +17,7 @@ from registry import runs
 from registry.errors import FtError
 from registry.project import Project, find_project
 from registry.settings import load_settings
-from registry.store import Changes, Store, open_store
+from registry.store import Store, open_store
 
 LOOK_SECONDS = 0.05
 # Between two changes of the run rows: what DBOS itself has ended is noticed this late at most.
@@ -45,7 +45,7 @@ def work(project: Project, *, forever: bool = False) -> None:
     bind(project, store, settings)
     runtime.launch(project)
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
-    changes, busy_at, dispatcher = Changes(store), time.monotonic(), Dispatcher(project, store)
+    changes, busy_at, dispatcher = store.database.changes(), time.monotonic(), Dispatcher(project, store)
     while True:
         if _look(store, dispatcher):
             busy_at = time.monotonic()

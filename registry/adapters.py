@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from registry.errors import Conflict, GateClosed, NotFound
 from registry.events import append_within, by_run, new_event
-from registry.store import Store, dump
+from registry.store import Connection, Store, dump
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,10 @@ def add_verdict(
 ) -> Verdict:
     with store.writing() as connection:
         done = connection.execute(
-            "INSERT INTO verdicts (model, version, outcome, body, run_id, created) VALUES (?,?,?,?,?,?)",
+            "INSERT INTO verdicts (model, version, outcome, body, run_id, created) VALUES (?,?,?,?,?,?) RETURNING id",
             (model, version, outcome, dump(body), run_id, time.time()),
         )
-        data = {"outcome": outcome, "verdict": done.lastrowid}
+        data = {"outcome": outcome, "verdict": done.fetchone()["id"]}
         event = new_event("ft/gates", "adapter.judged", f"{model}@{version}", data, cause=by_run(run_id))
         append_within(connection, event)
     found = last_verdict(store, model, version)
@@ -212,7 +211,7 @@ def promotions(store: Store, model: str = "") -> list[Promotion]:
 
 def unprojected_aliases(store: Store) -> list[tuple[str, str, int]]:
     """(model, alias, version) that MLflow has not been told of yet."""
-    rows = store.read("SELECT model, alias, version FROM aliases WHERE projected IS NOT version")
+    rows = store.read("SELECT model, alias, version FROM aliases WHERE projected IS DISTINCT FROM version")
     return [(row["model"], row["alias"], row["version"]) for row in rows]
 
 
@@ -223,7 +222,7 @@ def mark_projected(store: Store, model: str, alias: str, version: int) -> None:
 
 def unprojected_verdicts(store: Store, model: str = "") -> list[Verdict]:
     """Verdicts that MLflow has not been told of yet, the oldest first."""
-    rows = store.read("SELECT * FROM verdicts WHERE ? IN ('', model) AND NOT projected ORDER BY id", (model,))
+    rows = store.read("SELECT * FROM verdicts WHERE ? IN ('', model) AND projected = 0 ORDER BY id", (model,))
     return [_verdict(row) for row in rows]
 
 
@@ -232,34 +231,36 @@ def mark_verdict_projected(store: Store, verdict: int) -> None:
         connection.execute("UPDATE verdicts SET projected = 1 WHERE id = ?", (verdict,))
 
 
-def _move(connection: sqlite3.Connection, move: Promotion, cause: str | None) -> Promotion:
+def _move(connection: Connection, move: Promotion, cause: str | None) -> Promotion:
     """Write the row, set both aliases and append the event; the row as it was written."""
     values = {name: value for name, value in asdict(move).items() if name != "id"}
     done = connection.execute(
-        f"INSERT INTO promotions ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", tuple(values.values())
+        f"INSERT INTO promotions ({', '.join(values)}) VALUES ({', '.join('?' * len(values))}) RETURNING id",
+        tuple(values.values()),
     )
+    number = int(done.fetchone()["id"])
     _set_alias(connection, move.model, "champion", move.version)
     if move.from_version is not None:
         _set_alias(connection, move.model, "previous", move.from_version)
     type_ = "adapter.promoted" if move.kind == "promote" else "adapter.rolled_back"
     data = {"from": move.from_version, "by": move.by_whom, "reason": move.reason, "run": move.run_id}
-    event = new_event("ft/adapters", type_, f"{move.model}@{move.version}", data, key=str(done.lastrowid),
+    event = new_event("ft/adapters", type_, f"{move.model}@{move.version}", data, key=str(number),
                       cause=cause)  # fmt: skip
     append_within(connection, event)
-    return replace(move, id=int(done.lastrowid or 0))
+    return replace(move, id=number)
 
 
-def _promotion_of_run(connection: sqlite3.Connection, run_id: str | None) -> Promotion | None:
+def _promotion_of_run(connection: Connection, run_id: str | None) -> Promotion | None:
     row = connection.execute("SELECT * FROM promotions WHERE run_id = ?", (run_id,)).fetchone() if run_id else None
     return Promotion(**dict(row)) if row else None
 
 
-def _alias(connection: sqlite3.Connection, model: str, alias: str) -> int | None:
+def _alias(connection: Connection, model: str, alias: str) -> int | None:
     row = connection.execute("SELECT version FROM aliases WHERE model = ? AND alias = ?", (model, alias)).fetchone()
     return int(row["version"]) if row else None
 
 
-def _set_alias(connection: sqlite3.Connection, model: str, alias: str, version: int) -> None:
+def _set_alias(connection: Connection, model: str, alias: str, version: int) -> None:
     connection.execute(
         "INSERT INTO aliases (model, alias, version, changed) VALUES (?,?,?,?) "
         "ON CONFLICT (model, alias) DO UPDATE SET version = excluded.version, changed = excluded.changed",

@@ -6,14 +6,13 @@ A decision is never taken twice: (event, recipe) is its key, and the reader's cu
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from registry import runs
 from registry.events import Event, advance_within, causes, cursor_within
-from registry.store import Store
+from registry.store import Connection, Store
 from registry.triggers import UNITS, Decision, Past, Subscriber
 
 CURSOR = "triggers"
@@ -67,13 +66,13 @@ def decision_for(store: Store, run_id: str) -> tuple[int, Decision] | None:
     return (int(row["seq"]), _decision(row)) if row else None
 
 
-def _write(connection: sqlite3.Connection, event: Event, decision: Decision) -> None:
+def _write(connection: Connection, event: Event, decision: Decision) -> None:
     connection.execute(
         "INSERT INTO decisions (seq, recipe, fired, reason, run_id, replaces, created) VALUES (?,?,?,?,?,?,?)",
         (
             event.seq,
             decision.recipe,
-            decision.fired,
+            int(decision.fired),
             decision.reason,
             decision.run_id,
             " ".join(decision.replaces),

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import time
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from registry.store import Store, dump
+from registry.store import Connection, Store, dump
 
 RUNS = "ft/runs"
 
@@ -67,10 +66,11 @@ def append(store: Store, event: Event) -> bool:
         return append_within(connection, event)
 
 
-def append_within(connection: sqlite3.Connection, event: Event) -> bool:
+def append_within(connection: Connection, event: Event) -> bool:
     """The same inside a transaction of the caller's, so that a change and its event commit together."""
     done = connection.execute(
-        "INSERT OR IGNORE INTO events (source, id, type, subject, time, data, cause) VALUES (?,?,?,?,?,?,?)",
+        "INSERT INTO events (source, id, type, subject, time, data, cause) VALUES (?,?,?,?,?,?,?) "
+        "ON CONFLICT DO NOTHING",
         (event.source, event.id, event.type, event.subject, event.time, dump(event.data), event.cause),
     )
     return done.rowcount == 1
@@ -120,7 +120,7 @@ def cursor(store: Store, name: str) -> int:
     return int(row["seq"]) if row else 0
 
 
-def cursor_within(connection: sqlite3.Connection, name: str) -> int:
+def cursor_within(connection: Connection, name: str) -> int:
     """The same in a transaction of the caller's."""
     row = connection.execute("SELECT seq FROM cursors WHERE name = ?", (name,)).fetchone()
     return int(row["seq"]) if row else 0
@@ -131,10 +131,11 @@ def advance(store: Store, name: str, seq: int) -> None:
         advance_within(connection, name, seq)
 
 
-def advance_within(connection: sqlite3.Connection, name: str, seq: int) -> None:
+def advance_within(connection: Connection, name: str, seq: int) -> None:
     """Move a reader on, in the transaction that does what its events asked for."""
     connection.execute(
-        "INSERT INTO cursors (name, seq) VALUES (?,?) ON CONFLICT (name) DO UPDATE SET seq = max(seq, excluded.seq)",
+        "INSERT INTO cursors (name, seq) VALUES (?,?) ON CONFLICT (name) DO UPDATE SET seq = excluded.seq "
+        "WHERE excluded.seq > cursors.seq",
         (name, seq),
     )
 

@@ -27,6 +27,11 @@ class Project:
         return self.home / "ft.db"
 
     @property
+    def database_url(self) -> str:
+        """Of a Postgres instead, which several hosts may share; '' for SQLite. Never printed: it has a password."""
+        return os.environ.get("FT_DATABASE_URL", "")
+
+    @property
     def runs_database(self) -> Path:
         return self.home / "dbos.db"
 

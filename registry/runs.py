@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import secrets
-import sqlite3
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from registry.errors import Conflict, FtError, NotFound
 from registry.events import RUNS, append_within, by_run, new_event
-from registry.store import Store, dump
+from registry.store import Connection, Store, dump
 
 State = Literal["submitted", "running", "succeeded", "refused", "failed", "cancelled"]
 ACTIVE = ("submitted", "running")
@@ -80,7 +79,7 @@ def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, 
 
 
 def submit_within(
-    connection: sqlite3.Connection,
+    connection: Connection,
     run_id: str,
     recipe: dict[str, Any],
     recipe_path: str,
@@ -90,8 +89,8 @@ def submit_within(
     """Write the row in a transaction of the caller's. Nothing happens if there is a run of that id."""
     now = time.time()  # under the lock, so that the order of `created` is the order in which runs are seen
     done = connection.execute(
-        "INSERT OR IGNORE INTO runs (id, recipe, model, digest, recipe_path, body, state, created) "
-        "VALUES (?,?,?,?,?,?,'submitted',?)",
+        "INSERT INTO runs (id, recipe, model, digest, recipe_path, body, state, created) "
+        "VALUES (?,?,?,?,?,?,'submitted',?) ON CONFLICT DO NOTHING",
         (run_id, recipe["name"], recipe["model"], digest, recipe_path, dump(recipe), now),
     )
     if done.rowcount:
@@ -136,7 +135,7 @@ def set_wish(store: Store, run_id: str, wish: str) -> None:
         set_wish_within(connection, run_id, wish)
 
 
-def set_wish_within(connection: sqlite3.Connection, run_id: str, wish: str) -> None:
+def set_wish_within(connection: Connection, run_id: str, wish: str) -> None:
     """The same in a transaction of the caller's. A run that has ended meanwhile cannot be cancelled any more."""
     connection.execute(
         "UPDATE runs SET wish = ? WHERE id = ? AND (? != 'cancel' OR state IN ('submitted', 'running'))",
@@ -197,7 +196,7 @@ def reopen(store: Store, run_id: str) -> None:
 
 def untold(store: Store) -> list[Run]:
     """Failed and cancelled runs whose end MLflow was not told of yet."""
-    rows = store.read("SELECT * FROM runs WHERE state IN ('failed', 'cancelled') AND told IS NOT state")
+    rows = store.read("SELECT * FROM runs WHERE state IN ('failed', 'cancelled') AND told IS DISTINCT FROM state")
     return [_run(row) for row in rows]
 
 

@@ -88,7 +88,9 @@ def keep_score(store: Store, key: str, scored: Scored, answers: list[dict[str, A
     body = dump({"scored": scored.as_dict(), "answers": answers})
     with store.writing() as connection:
         connection.execute(
-            "INSERT OR REPLACE INTO scores (key, body, created) VALUES (?,?,?)", (key, body, time.time())
+            "INSERT INTO scores (key, body, created) VALUES (?,?,?) "
+            "ON CONFLICT (key) DO UPDATE SET body = excluded.body, created = excluded.created",
+            (key, body, time.time()),
         )
 
 

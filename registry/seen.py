@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from registry.events import append_within, new_event
 from registry.project import Project
-from registry.store import Store
+from registry.store import Connection, Store
 from registry.tracked_data import tracked_datasets
 
 Kind = Literal["dataset", "recipe", "schedule"]
@@ -30,7 +30,7 @@ def note_value(
         if row and row["value"] == value:
             return False
         count = row["count"] + 1 if row else 1
-        connection.execute("INSERT OR REPLACE INTO seen VALUES (?,?,?,?)", (kind, key, value, count))
+        _note_within(connection, kind, key, value, count)
         event = new_event(f"ft/{kind}s", type_, name, {**data, "branch": branch}, key=f"{key}@{value}#{count}")
         append_within(connection, event)
         return True
@@ -40,7 +40,7 @@ def note_clock(store: Store, recipe: str, line: str, zone: str, due: float) -> b
     """Append that the recipe's cron line has come due, once for each time."""
     key = f"{recipe}: {line} {zone}"
     with store.writing() as connection:
-        connection.execute("INSERT OR REPLACE INTO seen VALUES ('schedule', ?, ?, 0)", (key, str(due)))
+        _note_within(connection, "schedule", key, str(due), 0)
         data = {"cron": line, "due": due}
         return append_within(connection, new_event("ft/schedules", "schedule.fired", recipe, data, key=f"{key}@{due}"))
 
@@ -52,7 +52,7 @@ def last_clock(store: Store, recipe: str, line: str, zone: str, now: float) -> f
     if row and float(row["value"]) <= now:
         return float(row["value"])
     with store.writing() as connection:  # not seen yet, or seen while the clock was wrong
-        connection.execute("INSERT OR REPLACE INTO seen VALUES ('schedule', ?, ?, 0)", (key, str(now)))
+        _note_within(connection, "schedule", key, str(now), 0)
     return now
 
 
@@ -74,10 +74,18 @@ def note_all(
         first = {f"{branch}:": "", **{f"{branch}:{name}": value for name, (value, _) in values.items()}}
         with store.writing() as connection:
             rows = [(kind, name, value) for name, value in first.items()]
-            connection.executemany("INSERT OR IGNORE INTO seen VALUES (?,?,?,0)", rows)
+            connection.executemany("INSERT INTO seen VALUES (?,?,?,0) ON CONFLICT DO NOTHING", rows)
         return 0
     changed = {name: each for name, each in values.items() if known.get(f"{branch}:{name}") != each[0]}
     return sum(note_value(store, kind, name, value, type_, data, branch) for name, (value, data) in changed.items())
+
+
+def _note_within(connection: Connection, kind: Kind, key: str, value: str, count: int) -> None:
+    connection.execute(
+        "INSERT INTO seen VALUES (?,?,?,?) "
+        "ON CONFLICT (kind, name) DO UPDATE SET value = excluded.value, count = excluded.count",
+        (kind, key, value, count),
+    )
 
 
 def git_branch(root: Path) -> str | None:

@@ -127,4 +127,4 @@ def is_gone(store: Store) -> bool:
 
 
 def _lock_path(store: Store) -> Path:
-    return store.path.with_name("server.lock")
+    return store.home / "server.lock"

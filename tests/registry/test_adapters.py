@@ -181,8 +181,9 @@ import sys, time
 from pathlib import Path
 from registry import adapters
 from registry.errors import Conflict
-from registry.store import Store
-store, number, start = Store(Path(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
+from registry.project import find_project
+from registry.store import open_store
+store, number, start = open_store(find_project(Path(sys.argv[1]))), int(sys.argv[2]), float(sys.argv[3])
 time.sleep(max(0, start - time.time()))
 moved = 0
 for _ in range(25):
@@ -205,7 +206,7 @@ def test_processes_that_race_leave_one_chain_of_moves(project: Project, store: S
         add(store, number)
     start = str(time.time() + 1.5)
     racers = [
-        subprocess.Popen([sys.executable, "-c", RACER, str(project.database), str(number), start],
+        subprocess.Popen([sys.executable, "-c", RACER, str(project.root), str(number), start],
                          cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for number in (1, 2, 3)
     ]  # fmt: skip

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreError
+from registry.migrations import MIGRATIONS
 from registry.project import Project
-from registry.store import MIGRATIONS, Store, dump, open_store
+from registry.store import Store, dump, open_store
 from tests.conftest import all_at_once, run_bounded
 
 PREPARE = """
@@ -106,13 +107,12 @@ def test_a_read_inside_a_write_is_a_compare_and_set(store: Store) -> None:
 
 
 def test_a_newer_ft_wrote_it(store: Store, project: Project) -> None:
-    with sqlite3.connect(store.path) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    connection.close()
+    with store.writing() as connection:
+        store.database.migrate(connection, 99, "")
     with pytest.raises(StoreError) as caught:
         open_store(project)
     assert caught.value.what == f"written by a newer ft (schema 99, this one knows {len(MIGRATIONS)})"
-    assert (caught.value.place, caught.value.fix) == (str(store.path), "upgrade ft")
+    assert (caught.value.place, caught.value.fix) == (store.database.place, "upgrade ft")
 
 
 def test_a_file_that_is_no_database(project: Project) -> None:
@@ -132,7 +132,7 @@ def test_a_database_that_may_only_be_read(shared_folder: Path) -> None:
     project = Project(shared_folder, shared_folder / ".ft", shared_folder)
     store = open_store(project)
     project.home.chmod(0o555)
-    store.path.chmod(0o444)
+    Path(store.database.place).chmod(0o444)
     was_root = os.geteuid() == 0
     if was_root:
         os.seteuid(NOBODY)  # root may write to anything
@@ -143,12 +143,13 @@ def test_a_database_that_may_only_be_read(shared_folder: Path) -> None:
         if was_root:
             os.seteuid(0)
         project.home.chmod(0o755)
-    assert caught.value.place == str(store.path)
+    assert caught.value.place == store.database.place
 
 
-def test_a_full_disk_is_said_and_leaves_what_was(project: Project, store: Store) -> None:
+def test_a_full_disk_is_said_and_leaves_what_was(project: Project, sqlite_store: Store) -> None:
+    store = sqlite_store
     done = run_bounded([sys.executable, "-c", FULL], 60, cwd=project.root)
-    assert done.stdout.startswith(f"{store.path}: the project's database cannot be used: "), done.stderr
+    assert done.stdout.startswith(f"{store.database.place}: the project's database cannot be used: "), done.stderr
     assert "rollback" not in done.stdout
     assert "-> free disk space" in done.stdout
     assert count(store) == 0

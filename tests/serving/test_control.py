@@ -42,7 +42,7 @@ STATUS = ServerStatus(
 @contextmanager
 def another_server(store: Store) -> Iterator[None]:
     """Hold the server's lock as another process would: an open file of one's own is enough for flock."""
-    with store.path.with_name("server.lock").open("w") as lock:
+    with (store.home / "server.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -81,7 +81,7 @@ def test_one_server_per_project(project: Project, store: Store) -> None:
 
 
 def test_a_server_whose_lock_was_removed_is_the_projects_server_no_more(project: Project, store: Store) -> None:
-    lock = store.path.with_name("server.lock")
+    lock = store.home / "server.lock"
     with only_server(project, store) as still:
         lock.unlink()
         assert not still()

@@ -1,0 +1,66 @@
+"""The project's database, change by change. Append only: what was released is never edited.
+
+Written for SQLite and Postgres alike: `REAL`, `INTEGER` and `INTEGER PRIMARY KEY AUTOINCREMENT` are turned into their
+64-bit counterparts for Postgres, everything else is common to both.
+"""
+
+from __future__ import annotations
+
+MIGRATIONS = [
+    """
+    CREATE TABLE runs (
+        id TEXT PRIMARY KEY, recipe TEXT NOT NULL, model TEXT NOT NULL, digest TEXT NOT NULL,
+        recipe_path TEXT NOT NULL, body TEXT NOT NULL, state TEXT NOT NULL, stage TEXT NOT NULL DEFAULT '',
+        wish TEXT, created REAL NOT NULL, started REAL, finished REAL, error TEXT, result TEXT);
+    CREATE INDEX runs_by_recipe ON runs (recipe, created);
+    CREATE INDEX runs_by_state ON runs (state);
+    CREATE TABLE steps (
+        run_id TEXT NOT NULL, name TEXT NOT NULL, attempt INTEGER NOT NULL,
+        started REAL NOT NULL, finished REAL, kind TEXT NOT NULL, note TEXT,
+        PRIMARY KEY (run_id, name, attempt));
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, id TEXT NOT NULL, type TEXT NOT NULL,
+        subject TEXT NOT NULL, time REAL NOT NULL, data TEXT NOT NULL, cause TEXT, UNIQUE (source, id));
+    CREATE TABLE versions (
+        model TEXT NOT NULL, version INTEGER NOT NULL, run_id TEXT NOT NULL UNIQUE, folder TEXT NOT NULL,
+        body TEXT NOT NULL, created REAL NOT NULL, rolled_back INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (model, version));
+    CREATE TABLE verdicts (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, version INTEGER NOT NULL,
+        outcome TEXT NOT NULL, body TEXT NOT NULL, run_id TEXT, created REAL NOT NULL);
+    CREATE INDEX verdicts_by_version ON verdicts (model, version, id);
+    CREATE TABLE promotions (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, version INTEGER NOT NULL,
+        from_version INTEGER, kind TEXT NOT NULL, run_id TEXT UNIQUE, verdict INTEGER,
+        by_whom TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', created REAL NOT NULL);
+    CREATE TABLE aliases (
+        model TEXT NOT NULL, alias TEXT NOT NULL, version INTEGER NOT NULL, changed REAL NOT NULL,
+        projected INTEGER, PRIMARY KEY (model, alias));
+    CREATE TABLE servers (
+        id TEXT PRIMARY KEY, started REAL NOT NULL, heartbeat REAL NOT NULL, body TEXT NOT NULL);
+    CREATE TABLE scores (
+        key TEXT PRIMARY KEY, body TEXT NOT NULL, created REAL NOT NULL);
+    """,
+    # What MLflow was told of: it may be away when a verdict is given or a run ends.
+    """
+    ALTER TABLE verdicts ADD COLUMN projected INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN told TEXT;
+    """,
+    # Events that start runs: how far each reader has come, what was decided, what was last seen of each source.
+    """
+    CREATE TABLE cursors (name TEXT PRIMARY KEY, seq INTEGER NOT NULL);
+    INSERT INTO cursors SELECT 'triggers', coalesce(max(seq), 0) FROM events;
+    CREATE TABLE decisions (
+        seq INTEGER NOT NULL, recipe TEXT NOT NULL, fired INTEGER NOT NULL, reason TEXT NOT NULL,
+        run_id TEXT, replaces TEXT, created REAL NOT NULL, PRIMARY KEY (seq, recipe));
+    CREATE INDEX decisions_by_run ON decisions (run_id);
+    CREATE TABLE seen (
+        kind TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, count INTEGER NOT NULL,
+        PRIMARY KEY (kind, name));
+    CREATE INDEX events_by_id ON events (id);
+    CREATE INDEX events_by_type ON events (type, seq);
+    CREATE INDEX events_by_subject ON events (subject, seq);
+    CREATE INDEX runs_by_time ON runs (created);
+    CREATE INDEX runs_with_wishes ON runs (wish) WHERE wish IS NOT NULL;
+    """,
+]

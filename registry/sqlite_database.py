@@ -1,0 +1,86 @@
+"""The store in one SQLite file in WAL mode, through short-lived connections. Standard library only."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from registry.errors import StoreError
+from registry.file_locks import alone
+
+BUSY_SECONDS = 30
+
+
+class SqliteDatabase:
+    def __init__(self, path: Path) -> None:
+        self.path, self.place = path, str(path)
+
+    @contextmanager
+    def connected(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            try:
+                connection.row_factory = sqlite3.Row
+                connection.execute("PRAGMA synchronous=NORMAL")
+                yield connection
+            finally:
+                connection.close()
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            raise _unusable(self.path, error) from error
+
+    def begin(self, connection: Any) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+
+    def version(self, connection: Any) -> int:
+        number = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        if number == 0 and not connection.in_transaction:
+            # Two that turn a new file to WAL at once block each other, and SQLite refuses one of them without waiting.
+            with alone(self.path.with_name(f"{self.path.name}.new")):
+                connection.execute("PRAGMA journal_mode=WAL")
+        return number
+
+    def migrate(self, connection: Any, number: int, script: str) -> None:
+        for statement in filter(str.strip, script.split(";")):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={number}")
+
+    def changes(self) -> SqliteChanges:
+        return SqliteChanges(self.path)
+
+
+class SqliteChanges:
+    """Looks at the file's change counter, at the price of one PRAGMA each time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        self._seen = self._version()
+
+    def wait(self, seconds: float, step: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (now := self._version()) != self._seen:
+                self._seen = now
+                return True
+            time.sleep(step)
+        return False
+
+    def _version(self) -> int:
+        try:
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error as error:
+            raise _unusable(self._path, error) from error
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> StoreError:
+    damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+    fix = "free disk space or close what holds the file, then try again (`ft doctor` shows both)"
+    if damaged:
+        fix = "put a backup in its place; without one move it away, and MLflow and .ft/adapters still have the versions"
+    return StoreError(f"the project's database cannot be used: {error}", place=str(path), fix=fix)
