@@ -14,22 +14,23 @@ from dbos import DBOS
 from jobs import runtime
 from registry import runs
 from registry.events import append, new_event
-from registry.hosts import BEAT_SECONDS, Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
+from registry.hosts import Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
 from registry.store import Store
 
 
 class Post:
     """This host's place among the hosts."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, lost_seconds: float) -> None:
         self.store, self.name, self.cards = store, host_id(), served_cards()
-        self._started, self._pulse, self._beaten = time.time(), Pulse(), 0.0
+        self._started, self._pulse, self._beaten = time.time(), Pulse(lost_seconds), 0.0
+        self._beat_seconds = lost_seconds / 6
         self._living: list[Host] = []
         self._minded: tuple[bool, set[str]] | None = None
 
     def keep(self) -> None:
         """Beat, look at the others and at paused cards, as often as is due."""
-        if time.monotonic() - self._beaten < BEAT_SECONDS:
+        if time.monotonic() - self._beaten < self._beat_seconds:
             return
         self._beaten = time.monotonic()
         beat(self.store, self.name, self._started, self.cards)

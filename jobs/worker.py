@@ -50,7 +50,7 @@ def work(project: Project, *, forever: bool = False) -> None:
     changes, busy_at, post, dispatcher = (
         store.database.changes(),
         time.monotonic(),
-        Post(store),
+        Post(store, settings.lost_seconds),
         Dispatcher(project, store),
     )
     while True:

@@ -18,9 +18,6 @@ from registry.errors import WrongInput
 from registry.events import append_within, new_event
 from registry.store import Store, dump
 
-BEAT_SECONDS = 5.0
-LOST_SECONDS = 30.0
-
 
 @dataclass(frozen=True)
 class HostCard:
@@ -57,7 +54,8 @@ class Pause:
 class Pulse:
     """Which hosts live, as far as this process has seen them beat. At first all that are known do."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost_seconds: float) -> None:
+        self._lost_seconds = lost_seconds
         self._seen: dict[str, tuple[int, float]] = {}
 
     def living(self, known: Iterable[Host]) -> list[Host]:
@@ -67,7 +65,7 @@ class Pulse:
             if beat != host.beat:
                 since = now
             self._seen[host.id] = (host.beat, since)
-            if now - since < LOST_SECONDS:
+            if now - since < self._lost_seconds:
                 living.append(host)
         return living
 
