@@ -15,7 +15,7 @@ from jobs.hosts import Post
 from jobs.tell_mlflow import tell_the_rest
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
-from registry.errors import FtError
+from registry.errors import FtError, StoreError
 from registry.hosts import pauses
 from registry.project import Project, find_project
 from registry.settings import load_settings
@@ -76,6 +76,10 @@ def _look(store: Store, post: Post, dispatcher: Dispatcher) -> bool:
         busy = bool(news) or bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
         post.mind_cards(busy)
         return busy
+    except StoreError as error:  # locked, full, or restarting; the next look may find it well
+        print(error, file=sys.stderr, flush=True)
+        time.sleep(1)
+        return True
     except Exception:
         traceback.print_exc()
         time.sleep(1)
