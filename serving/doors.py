@@ -21,13 +21,11 @@ from serving.cloudevents import read_events
 from serving.feedback import read_feedback
 from serving.http_messages import (
     ClientGone,
-    Headers,
     Receive,
     Refusal,
     Scope,
     Send,
     read_body,
-    request_id,
     send_json,
     send_refusal,
 )
@@ -57,12 +55,11 @@ class Receiver:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers: Headers = [(b"x-request-id", request_id(scope))]
         try:
-            await send_json(send, 200, await self._answer(scope, receive), headers)
+            await send_json(send, 200, await self._answer(scope, receive), [])
         except Refusal as refusal:
             self._note(scope, refusal)
-            await send_refusal(send, refusal, headers, rinse=lambda: _rinse(receive))
+            await send_refusal(send, refusal, [], rinse=lambda: _rinse(receive))
         except ClientGone:
             pass
 

@@ -40,18 +40,18 @@ def run_receiver(project: Project, store: Store, settings: Settings, say: Callab
     with only_receiver(project) as note:
         listening = listen(host, settings.receiver_port, "the receiver", "FT_RECEIVER_PORT")
         note(url_of(listening))
-        say(url_of(listening))
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(_receive(listening, store, settings))
+            runner.run(_receive(listening, store, settings, say))
 
 
-async def _receive(listening: socket.socket, store: Store, settings: Settings) -> None:
+async def _receive(listening: socket.socket, store: Store, settings: Settings, say: Callable[[str], None]) -> None:
     """Until asked to stop; then what has come is appended and answered."""
     inbox = Inbox(store)
     receiver = Receiver(inbox, settings)
     server = _server(receiver)
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, setattr, server, "should_exit", True)
+    say(url_of(listening))
     try:
         await server.serve(sockets=[listening])
         await receiver.close()

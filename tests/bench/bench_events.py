@@ -22,38 +22,13 @@ import pytest
 from registry.events import read
 from registry.project import Project, find_project
 from registry.store import Store, open_store
-from serving.receiver_lock import receiver_url
 from tests.bench.send_events import number_of
 from tests.conftest import started
 from tests.postgres_server import postgres_server
+from tests.serving.receiver_process import ReceiverProcess
 
 SECRET = "secret of the ledger"
 LIMIT_SECONDS = 1800
-
-
-class ReceiverProcess:
-    """A receiver of the project, which can be killed and started again on the same port."""
-
-    def __init__(self, project: Project, port: int = 0) -> None:
-        self.project, self.port, self.starts = project, port, 0
-        self._running = ExitStack()
-
-    def start(self) -> str:
-        """Its URL, once it answers there."""
-        env = {"FT_RECEIVER_PORT": str(self.port), "FT_GITHUB_SECRET": SECRET}
-        command = [sys.executable, "-m", "serving.receiver"]
-        process = self._running.enter_context(started(command, env=env, cwd=self.project.root, stderr=None))
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said.startswith("receiving at "), said
-        self.starts += 1
-        self.port = int(said.rsplit(":", 1)[1])
-        return said.removeprefix("receiving at ").strip()
-
-    def kill(self) -> None:
-        """With -9; only then is its lock free."""
-        self._running.close()
-        assert receiver_url(self.project) == ""
 
 
 class Reader:
@@ -74,7 +49,7 @@ class Reader:
 def keep_ledger(project: Project, events: int, senders: int, kills: int, seed: int) -> dict[str, Any]:
     """Post so many events with so many kills, evenly spread over them; what was counted."""
     chance, reader, begun = random.Random(seed), Reader(open_store(project)), time.monotonic()
-    receiver = ReceiverProcess(project)
+    receiver = ReceiverProcess(project, {"FT_GITHUB_SECRET": SECRET})
     marks = [int(events * 0.95 * (n + chance.random()) / kills) for n in range(kills)]
     with ExitStack() as stack:
         stack.callback(receiver.kill)
