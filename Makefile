@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-events docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -49,6 +49,11 @@ kills: setup
 	rm -rf .ft/kills
 	$(BIN)/ft init .ft/kills
 	$(BIN)/python -m tests.flows.kills .ft/kills 10 $(or $(SEED),1)
+
+# 100,000 events posted three times each by eight senders while the receiver is killed -9; prints a JSON line each.
+bench-events: setup
+	$(BIN)/python -m tests.bench.bench_events --store sqlite --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.bench.bench_events --store postgres --seed $(or $(SEED),1)
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json
