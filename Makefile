@@ -50,7 +50,7 @@ kills: setup
 	$(BIN)/ft init .ft/kills
 	$(BIN)/python -m tests.flows.kills .ft/kills 10 $(or $(SEED),1)
 
-# 100,000 events posted three times each by eight senders while the receiver is killed -9; prints a JSON line each.
+# 100,000 events, a third as webhooks that come three times, from eight senders while the receiver is killed -9.
 bench-events: setup
 	$(BIN)/python -m tests.bench.bench_events --store sqlite --seed $(or $(SEED),1)
 	$(BIN)/python -m tests.bench.bench_events --store postgres --seed $(or $(SEED),1)

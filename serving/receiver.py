@@ -66,7 +66,7 @@ def _server(receiver: Receiver) -> uvicorn.Server:
             http="httptools",
             lifespan="off",
             ws="none",
-            log_level="warning",
+            log_level="error",  # a warning for each broken request would let anybody fill the output
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -69,7 +69,7 @@ def test_a_large_delivery_is_kept_small() -> None:
 
 
 ODD: list[Any] = [None, True, -1, 10**400, 1.5, "", "\0", "x" * 1000, [], [[]], ["a", 1, {}], {},
-                  {"ref": {}, "name": []}, {"base": 1, "full_name": "a"}, [{"added": 1}, {"removed": [None, "p"]}]]  # fmt: skip
+                  {"ref": {}, "name": []}, {"base": 1}, [{"added": 1}, {"removed": [None, "p"]}]]  # fmt: skip
 KNOWN = ("ref", "commits", "pusher", "repository", "organization", "pull_request", "workflow_run", "action")
 
 
