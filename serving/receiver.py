@@ -20,6 +20,7 @@ from registry.errors import FtError, WrongInput
 from registry.project import Project, find_project
 from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
+from serving.bounded_head import BoundedHead
 from serving.doors import Receiver
 from serving.inbox import Inbox
 from serving.listening import is_loopback, listen, loop_factory, url_of
@@ -63,7 +64,7 @@ def _server(receiver: Receiver) -> uvicorn.Server:
     server = uvicorn.Server(
         uvicorn.Config(
             receiver,
-            http="httptools",
+            http=BoundedHead,
             lifespan="off",
             ws="none",
             log_level="error",  # a warning for each broken request would let anybody fill the output

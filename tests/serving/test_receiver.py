@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -379,6 +379,22 @@ def test_a_body_of_fifty_megabytes_is_refused_and_not_held(mine: ReceiverProcess
     connection.close()
     assert memory(mine.process.pid) - before < 20 << 20
     assert post(f"http://{url}/v1/events", raw(event("after")), EVENT)[0] == 200
+
+
+@pytest.mark.parametrize("line", [b"X: " + b"a" * (1 << 20), b"X: a\r\n" * (1 << 17)])
+def test_headers_without_end_are_not_held(mine: ReceiverProcess, line: bytes) -> None:
+    url = mine.start()
+    before = memory(mine.process.pid)
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=30) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        with suppress(ConnectionError):
+            connection.sendall(b"POST /v1/events HTTP/1.1\r\n")
+            for _ in range(50):
+                connection.sendall(line)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 431")
+    assert memory(mine.process.pid) - before < 20 << 20
+    assert post(f"{url}/v1/events", raw(event("after")), {**EVENT, "X-Long": "a" * 60_000})[0] == 200
 
 
 def memory(pid: int) -> int:
