@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -58,6 +58,11 @@ bench-steps: setup ## What a run and a step cost on top of the durable engine
 bench-latency: setup ## From an event to the first step of its run
 	$(BIN)/python -m tests.bench.bench_latency 200 sqlite
 	$(BIN)/python -m tests.bench.bench_latency 200 postgres
+
+# 100,000 events, a third as webhooks that come three times, from eight senders while the receiver is killed -9.
+bench-events: setup
+	$(BIN)/python -m tests.bench.bench_events --store sqlite --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.bench.bench_events --store postgres --seed $(or $(SEED),1)
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

@@ -65,6 +65,7 @@ def examine(project: Project) -> Iterator[Finding]:
     yield _port(project)
     yield _mlflow()
     yield _worker(project)
+    yield _receiver(project)
 
 
 def _python() -> Finding:
@@ -180,6 +181,13 @@ def _port(project: Project) -> Finding:
         except OSError as error:
             return Finding("gateway", "missing", f"{where}: {error.strerror}", "set FT_GATEWAY_PORT to a free port")
     return Finding("gateway", "ok", f"not up; {where} is free")
+
+
+def _receiver(project: Project) -> Finding:
+    from serving.receiver_lock import receiver_url
+
+    url = receiver_url(project)
+    return Finding("receiver", "ok", f"up at {url}" if url else "not up; `ft events receive` takes webhooks")
 
 
 def _mlflow() -> Finding:

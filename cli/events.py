@@ -120,6 +120,26 @@ def types(as_json: JsonFlag = False) -> None:
     table(["type", "subject", "means", "data"], rows)
 
 
+@app.command()
+def receive(as_json: Annotated[bool, typer.Option("--json", help="Print where it listens as JSON")] = False) -> None:
+    """Take webhooks and CloudEvents over HTTP, in the foreground, and append them to the log.
+
+    Settings: receiver_host, receiver_port, receiver_token, github_secret, mlflow_webhook_secret (docs/triggers.md).
+
+    Example: ft events receive
+    """
+    from cli.console import print_json, say
+    from registry.project import find_project
+    from registry.settings import load_settings
+    from registry.store import open_store
+    from serving.receiver import run_receiver
+
+    project = find_project()
+    settings = load_settings(project)
+    tell = (lambda url: print_json({"url": url})) if as_json else (lambda url: say(f"receiving at {url}"))
+    run_receiver(project, open_store(project), settings, tell)
+
+
 def _source(text: str) -> str:
     from registry.errors import WrongInput
 

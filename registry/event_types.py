@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from registry.errors import WrongInput
@@ -51,6 +52,10 @@ TYPES: dict[str, EventType] = {
         "somebody judged an answer", "model@N", {},
         {"rating": NUMBER, "correction": TEXT, "tags": {"type": "array", "items": TEXT}, "request": TEXT}, outside=True,
     ),
+    "webhook.refused": EventType(
+        "the receiver refused something; `count`: so often since the last of these", "github, mlflow or events",
+        {"reason": TEXT, "count": WHOLE}, {"delivery": TEXT, "client": TEXT},
+    ),
     "run.submitted": EventType("a run was asked for", "run", {"recipe": TEXT}),
     "run.finished": EventType("a run came to its end; `refused`: the gate said no", "run", {"state": TEXT}),
     "run.failed": EventType("a run failed; `ft resume` lets it go on", "run", {"state": TEXT}, FAILURE),
@@ -90,13 +95,16 @@ def check_event(event: Event) -> None:
     found = TYPES.get(event.type)
     if found is None or not found.outside:
         raise WrongInput(_why_not(event.type), place=event.type, fix=_nearest(event.type))
-    from jsonschema import Draft202012Validator
-
-    wrong = [
-        f"data{_at(error)}: {error.message}" for error in Draft202012Validator(found.schema()).iter_errors(event.data)
-    ]
+    wrong = [f"data{_at(error)}: {error.message}" for error in _validator(event.type).iter_errors(event.data)]
     if wrong:
         raise WrongInput("\n".join(wrong), place=event.type, fix="`ft events types` says what belongs into it")
+
+
+@cache
+def _validator(type_: str) -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(TYPES[type_].schema())
 
 
 def _check_text(name: str, text: str) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 from registry.store import Connection, Store, dump
 
 RUNS = "ft/runs"
+# Events in one statement: each is seven values, and Postgres takes 65,535 of them.
+TOGETHER = 100
+ROW = "(?,?,?,?,?,?,?)"
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,30 @@ def append(store: Store, event: Event) -> bool:
 def append_within(connection: Connection, event: Event) -> bool:
     """The same inside a transaction of the caller's, so that a change and its event commit together."""
     done = connection.execute(
-        "INSERT INTO events (source, id, type, subject, time, data, cause) VALUES (?,?,?,?,?,?,?) "
-        "ON CONFLICT DO NOTHING",
-        (event.source, event.id, event.type, event.subject, event.time, dump(event.data), event.cause),
+        f"INSERT INTO events (source, id, type, subject, time, data, cause) VALUES {ROW} ON CONFLICT DO NOTHING",
+        _values(event),
     )
     return done.rowcount == 1
+
+
+def append_all(store: Store, events: Sequence[Event]) -> list[bool]:
+    """Append all of them in their order, in one transaction: all or none. For each: was it new?"""
+    with store.writing() as connection:
+        return list(_append_all_within(connection, events))
+
+
+def _append_all_within(connection: Connection, events: Sequence[Event]) -> Iterator[bool]:
+    for start in range(0, len(events), TOGETHER):
+        part = events[start : start + TOGETHER]
+        rows = connection.execute(
+            f"INSERT INTO events (source, id, type, subject, time, data, cause) VALUES {', '.join([ROW] * len(part))} "
+            "ON CONFLICT DO NOTHING RETURNING source, id",
+            [value for each in part for value in _values(each)],
+        )
+        new = {(row["source"], row["id"]) for row in rows}
+        for each in part:
+            yield (each.source, each.id) in new
+            new.discard((each.source, each.id))  # the same event twice in one part is new only once
 
 
 def read(store: Store, *, after: int = 0, type_: str = "", subject: str = "", limit: int = 1000) -> list[Event]:
@@ -146,6 +169,10 @@ def _where(type_: str, subject: str) -> tuple[str, list[str]]:
     return "".join(f" AND {name} = ?" for name, value in given.items() if value), [
         each for each in given.values() if each
     ]
+
+
+def _values(event: Event) -> tuple[Any, ...]:
+    return (event.source, event.id, event.type, event.subject, event.time, dump(event.data), event.cause)
 
 
 def _event(row: Any) -> Event:

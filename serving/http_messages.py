@@ -14,6 +14,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+Rinse = Callable[[], Awaitable[None]]
 
 MAX_BODY = 8 << 20
 BODY_SECONDS = 30.0
@@ -58,11 +59,7 @@ def request_id(scope: Scope) -> bytes:
 
 async def read_request(scope: Scope, receive: Receive) -> dict[str, Any]:
     """The body as a JSON object with a `model`. Raises Refusal (400, 408, 413) and ClientGone."""
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            body = await _read_body(scope, receive)
-    except TimeoutError:
-        raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", "request_timeout") from None
+    body = await read_body(scope, receive, MAX_BODY)
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -74,21 +71,37 @@ async def read_request(scope: Scope, receive: Receive) -> dict[str, Any]:
     return request
 
 
-async def send_json(send: Send, status: int, body: dict[str, Any], headers: Headers) -> None:
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body, of at most `limit` bytes. Raises Refusal (408, 413) and ClientGone."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _read_parts(scope, receive, limit)
+    except TimeoutError:
+        raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", "request_timeout") from None
+
+
+async def send_json(
+    send: Send, status: int, body: dict[str, Any], headers: Headers, before_the_end: Rinse | None = None
+) -> None:
     raw = json.dumps(body, ensure_ascii=False).encode(errors="replace")
     whole = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode()), *headers]
     await send({"type": "http.response.start", "status": status, "headers": whole})
+    if before_the_end:
+        await send({"type": "http.response.body", "body": raw, "more_body": True})
+        await before_the_end()
+        raw = b""
     await send({"type": "http.response.body", "body": raw})
 
 
-async def send_refusal(send: Send, refusal: Refusal, headers: Headers) -> None:
+async def send_refusal(send: Send, refusal: Refusal, headers: Headers, rinse: Rinse | None = None) -> None:
+    """`rinse` takes in what is left of a body that is too long, while its sender may read the answer."""
     extra: Headers = []
     if refusal.retry_after is not None:
         extra.append((b"retry-after", str(refusal.retry_after).encode()))
     if refusal.status in (408, 413):
         # What is left of the body is not read, so the connection cannot be used again.
         extra.append((b"connection", b"close"))
-    await send_json(send, refusal.status, refusal.body, [*headers, *extra])
+    await send_json(send, refusal.status, refusal.body, [*headers, *extra], rinse if refusal.status == 413 else None)
 
 
 def event_of(refusal: Refusal) -> bytes:
@@ -96,10 +109,10 @@ def event_of(refusal: Refusal) -> bytes:
     return b"data: " + json.dumps(refusal.body).encode() + b"\n\n"
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes:
+async def _read_parts(scope: Scope, receive: Receive, limit: int) -> bytes:
     announced = header(scope, b"content-length")
-    if announced.isdigit() and int(announced) > MAX_BODY:
-        raise _too_large()
+    if announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
+        raise _too_large(limit)
     parts, size, more = [], 0, True
     while more:
         message = await receive()
@@ -107,10 +120,11 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes:
             raise ClientGone
         parts.append(message.get("body", b""))
         size, more = size + len(parts[-1]), message.get("more_body", False)
-        if size > MAX_BODY:
-            raise _too_large()
+        if size > limit:
+            raise _too_large(limit)
     return b"".join(parts)
 
 
-def _too_large() -> Refusal:
-    return Refusal(413, f"the body is larger than {MAX_BODY >> 20} MiB", "request_too_large")
+def _too_large(limit: int) -> Refusal:
+    size = f"{limit >> 20} MiB" if limit % (1 << 20) == 0 else f"{limit} bytes"
+    return Refusal(413, f"the body is larger than {size}", "request_too_large")

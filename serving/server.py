@@ -30,6 +30,7 @@ from registry.recipe import Serve
 from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
 from serving.gateway import Gateway
+from serving.listening import listen, loop_factory, url_of
 from serving.reconciler import Reconciler, nothing_answers, rank_needed, wanted_models
 from serving.routes import Away, Board
 from serving.server_keys import write_keys
@@ -46,24 +47,13 @@ TRAINING_RETRY_AFTER = 30
 def run_server(project: Project, store: Store, settings: Settings, config: EngineConfig) -> None:
     """Serve until SIGTERM or SIGINT. Raises Trouble for a port in use, Conflict beside another server."""
     with only_server(project, store) as still:
-        listening = listen(settings)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        listening = listen_as_gateway(settings)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(Server(project, store, settings, config).run(listening, still))
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The gateway's listening socket, taken before anything slow is begun."""
-    host, port = settings.gateway_host, settings.gateway_port
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(2048)
-    except OSError as error:
-        listening.close()
-        raise Trouble(f"the gateway cannot listen on port {port}: {error.strerror}", place=f"{host}:{port}",
-                      fix="end what uses that port, or choose another with FT_GATEWAY_PORT") from error  # fmt: skip
-    return listening
+def listen_as_gateway(settings: Settings) -> socket.socket:
+    return listen(settings.gateway_host, settings.gateway_port, "the gateway", "FT_GATEWAY_PORT")
 
 
 class Server:
@@ -97,7 +87,7 @@ class Server:
         Then drain, and stop the engine last.
         """
         self._listen_for_signals()
-        self.status = replace(self.status, gateway_url=_url(listening))
+        self.status = replace(self.status, gateway_url=url_of(listening))
         self._write_keys()
         await self._flip_away(Away("the engine is starting"))
         gateway = self._gateway()
@@ -314,20 +304,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(ERROR_LINE + json.dumps(error.as_dict()), flush=True)
         return error.exit_code
     return 0
-
-
-def _url(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    try:
-        import uvloop
-    except ImportError:  # not there on Windows
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(port: int, folder: Path) -> Iterator[None]:
+def mlflow_server(port: int, folder: Path, more: dict[str, str] | None = None) -> Iterator[None]:
+    """`more` are variables of its environment."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder)]
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **(more or {})}
     with (folder / "log.txt").open("a") as log, started(command, env=env, cwd=folder, stdout=log, stderr=log) as server:
         end = time.monotonic() + 120
         while not answers(f"http://127.0.0.1:{port}/health"):

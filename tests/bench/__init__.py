@@ -1,0 +1,1 @@
+"""Measurements of one thing each (`make bench-...`); their small versions run in the suite."""

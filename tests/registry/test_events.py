@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack, suppress
 
-from registry.events import append, append_within, new_event, read
+from registry.events import TOGETHER, append, append_all, append_within, new_event, read
 from registry.project import Project
 from registry.store import Store
 from tests.conftest import started
@@ -61,3 +61,21 @@ def test_reading_takes_a_part(store: Store) -> None:
     second = read(store, limit=2)[-1]
     assert [event.data["ü"][0] for event in read(store, after=second.seq, limit=2)] == [2, 3]
     assert second.data == {"ü": [1, None]}
+
+
+def test_many_are_appended_in_their_order_and_each_says_whether_it_was_new(store: Store) -> None:
+    append(store, new_event("a", "t", "s", {}, key="3"))
+    keys = [str(n) for n in range(2 * TOGETHER + 1)]
+    wanted = [new_event("a", "t", "s", {"n": key}, key=key) for key in [*keys, "7", "7", str(TOGETHER + 50)]]
+    assert append_all(store, wanted) == [key != "3" for key in keys] + [False] * 3
+    assert [event.id for event in read(store)] == ["3", *(key for key in keys if key != "3")]
+    twice = [new_event("b", "t", "s", {}, key="1"), new_event("b", "t", "s", {}, key="1")]
+    assert append_all(store, twice) == [True, False]
+    assert append_all(store, []) == []
+
+
+def test_of_many_none_is_there_when_one_cannot_be(store: Store) -> None:
+    with suppress(UnicodeError):
+        append_all(store, [new_event("a", "t", "s", {}), new_event("a", "t", "s", {"half": "\ud800"})])
+        raise AssertionError("half a character was taken")
+    assert read(store) == []

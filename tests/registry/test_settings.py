@@ -33,6 +33,17 @@ def test_secrets_are_masked(project: Project, monkeypatch: pytest.MonkeyPatch) -
     assert sources(project)["internal_key"] == ("", "default")
     monkeypatch.setenv("FT_INTERNAL_KEY", "very secret")
     assert sources(project)["internal_key"] == ("***", "FT_INTERNAL_KEY")
+    for name in ("receiver_token", "github_secret", "mlflow_webhook_secret"):
+        monkeypatch.setenv(f"FT_{name.upper()}", "very secret")
+        assert sources(project)[name] == ("***", f"FT_{name.upper()}")
+
+
+def test_a_secret_that_is_wrong_is_not_shown_either(project: Project) -> None:
+    (project.root / "ft.yaml").write_text("github_secret: 12345\n")
+    with pytest.raises(WrongInput) as caught:
+        load_settings(project)
+    assert caught.value.what.startswith("github_secret: ")
+    assert "12345" not in str(caught.value)
 
 
 def test_every_wrong_value_is_named_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

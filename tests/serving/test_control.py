@@ -20,7 +20,7 @@ from registry.project import Project
 from registry.recipe import Serve
 from registry.settings import Settings
 from registry.store import Store
-from serving.server import listen
+from serving.server import listen_as_gateway
 from serving.server_keys import keys_path, read_keys, write_keys
 from serving.server_record import ServerStatus, is_gone, only_server, server_status, write_status
 from serving.vllm_process import EngineConfig, engine_rank, vllm_arguments
@@ -51,7 +51,7 @@ def test_a_port_in_use_is_named_with_its_setting() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(Trouble, match=str(port)) as raised:
-            listen(Settings(gateway_port=port))
+            listen_as_gateway(Settings(gateway_port=port))
     assert "FT_GATEWAY_PORT" in raised.value.fix
     assert raised.value.exit_code == 1
 
