@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.sinks import sinks
+
 if TYPE_CHECKING:
     from registry.events import Event
     from registry.project import Project
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from registry.triggers import Decision
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command()(sinks)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 
 

