@@ -63,8 +63,8 @@ MIGRATIONS = [
     CREATE INDEX runs_by_time ON runs (created);
     CREATE INDEX runs_with_wishes ON runs (wish) WHERE wish IS NOT NULL;
     """,
-    # What waits to be sent to the sinks of ft.yaml, and how each sink is. Aliases moved in MLflow: `projections` says who
-    # tells MLflow of an alias just now, so that what ft writes there is never taken for what a person did.
+    # What waits to be sent to the sinks of ft.yaml, and how each sink is. Aliases moved in MLflow: `projections` says
+    # who tells MLflow of an alias just now, so that what ft writes there is never taken for what a person did.
     """
     CREATE TABLE outbox (
         sink TEXT NOT NULL, seq INTEGER NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,

@@ -6,15 +6,13 @@ whatever host, so that they come in the log's order where nothing fails.
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from registry.events import Event, advance_within, append_within, cursor_within, new_event, read
+from registry.leases import is_gone, new_lease
 from registry.store import Connection, Store
 
 BATCH = 200
@@ -64,9 +62,9 @@ def fill(store: Store, sink: str, wants: Callable[[Event], bool]) -> int:
 
 def claim(store: Store, sink: str, seconds: float) -> Claimed | None:
     """The first message that is due, leased for so many seconds; None if there is none, or one is on its way."""
-    now, lease = time.time(), f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}"
+    now, lease = time.time(), new_lease()
     with store.writing() as connection:
-        if _is_paused(connection, sink, now) or _is_on_its_way(connection, sink, now):
+        if _blocked_until(connection, sink, now) > now:
             return None
         row = connection.execute(
             "SELECT seq FROM outbox WHERE sink = ? AND state = 'waiting' AND (due <= ? OR due > ?) "
@@ -150,17 +148,14 @@ def retry(store: Store, sink: str) -> int:
 
 def next_due(store: Store, sink: str) -> float | None:
     """When something can be sent to the sink; None if nothing waits."""
-    row = store.first(
-        "SELECT min(due) AS due, max(leased_until) AS leased, "
-        "(SELECT paused_until FROM sinks WHERE name = ?) AS paused "
-        "FROM outbox WHERE sink = ? AND state = 'waiting'",
-        (sink, sink),
-    )
-    if row is None or row["due"] is None:
-        return None
-    now = time.time()
-    times = [float(row[name] or 0.0) for name in ("due", "leased", "paused")]
-    return max(each if each < now + NONSENSE_SECONDS else now for each in times)
+    with store.database.connected() as connection:
+        row = connection.execute(
+            "SELECT min(due) AS due FROM outbox WHERE sink = ? AND state = 'waiting'", (sink,)
+        ).fetchone()
+        if row["due"] is None:
+            return None
+        now = time.time()
+        return max(_sane(row["due"], now), _blocked_until(connection, sink, now))
 
 
 def is_behind(store: Store, sink: str) -> bool:
@@ -193,18 +188,19 @@ def states(store: Store) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in rows}
 
 
-def _is_paused(connection: Connection, sink: str, now: float) -> bool:
-    row = connection.execute("SELECT paused_until FROM sinks WHERE name = ?", (sink,)).fetchone()
-    until = float(row["paused_until"] or 0.0) if row else 0.0
-    return now < until < now + NONSENSE_SECONDS
-
-
-def _is_on_its_way(connection: Connection, sink: str, now: float) -> bool:
-    found = connection.execute(
-        "SELECT 1 FROM outbox WHERE sink = ? AND state = 'waiting' AND leased_until > ? AND leased_until < ?",
-        (sink, now, now + NONSENSE_SECONDS),
+def _blocked_until(connection: Connection, sink: str, now: float) -> float:
+    """The sink is paused, or a message is on its way to it, until then; the past if neither."""
+    rows = connection.execute(
+        "SELECT lease, leased_until AS until FROM outbox WHERE sink = ? AND state = 'waiting' AND lease IS NOT NULL "
+        "UNION ALL SELECT NULL, paused_until FROM sinks WHERE name = ? AND paused_until IS NOT NULL",
+        (sink, sink),
     )
-    return found.fetchone() is not None
+    times = [_sane(row["until"], now) for row in rows if not (row["lease"] and is_gone(row["lease"]))]
+    return max(times, default=0.0)
+
+
+def _sane(moment: float, now: float) -> float:
+    return float(moment) if moment < now + NONSENSE_SECONDS else now
 
 
 def _let_go(connection: Connection, claimed: Claimed, state: str, due: float, error: str) -> bool:
