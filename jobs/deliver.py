@@ -71,6 +71,7 @@ class Deliverer:
                 self._read_file()
                 if self.sinks:
                     changes.wait(min(self.look(), FILE_SECONDS), LOOK_SECONDS)
+                    time.sleep(LOOK_SECONDS / 2)  # while runs write all the time, the wait above is none
                 else:
                     time.sleep(FILE_SECONDS)
             except Exception:  # a full disk, a database that is away: no reason for the worker to end

@@ -12,6 +12,7 @@ from jobs import runtime
 from jobs.deliver import Deliverer
 from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import bind, let_go
+from jobs.mlflow_aliases import AliasWatch
 from jobs.tell_mlflow import tell_the_rest
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
@@ -46,6 +47,7 @@ def work(project: Project, *, forever: bool = False) -> None:
     bind(project, store, settings)
     runtime.launch(project)
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
+    threading.Thread(target=AliasWatch(project, store).run, name="aliases", daemon=True).start()
     changes, busy_at, dispatcher = store.database.changes(), time.monotonic(), Dispatcher(project, store)
     messages = Deliverer(project, store)
     messages.start()
