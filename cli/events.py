@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,22 +35,18 @@ def tail(
 
     Example: ft events tail -n 5 --type run.finished
     """
-    from registry.events import newest, read
+    from registry.events import newest
     from registry.project import find_project
     from registry.store import open_store
 
     store = open_store(find_project())
-    changes = store.database.changes()
+    start = newest(store, 1)
     shown = newest(store, count, type_=type_, subject=subject)
-    last = 0 if shown or not follow else max((each.seq for each in newest(store, 1)), default=0)
-    while True:
-        for event in shown:
-            _print_line(event, as_json)
-            last = event.seq
-        if not follow:
-            return
-        changes.wait(1.0, 0.1)
-        shown = read(store, after=last, type_=type_, subject=subject)
+    for event in shown:
+        _print_line(event, as_json)
+    if follow:
+        last = (shown or start)[-1:]
+        _follow(store, last[0].seq if last else 0, type_, subject, as_json)
 
 
 @app.command()
@@ -121,6 +119,26 @@ def types(as_json: JsonFlag = False) -> None:
     rows = [[name, each.subject, each.means, ", ".join([*each.must, *(f"{key}?" for key in each.may)])]
             for name, each in TYPES.items()]  # fmt: skip
     table(["type", "subject", "means", "data"], rows)
+
+
+def _follow(store: Store, last: int, type_: str, subject: str, as_json: bool) -> None:
+    """Print what comes, for ever. A database that is restarted is waited for, however long that takes."""
+    from registry.errors import StoreError
+    from registry.events import read
+
+    changes, away = store.database.changes(), False
+    while True:
+        try:
+            for event in read(store, after=last, type_=type_, subject=subject):
+                _print_line(event, as_json)
+                last = event.seq
+            away = False
+            changes.wait(1.0, 0.1)
+        except StoreError as error:
+            if not away:
+                print(f"{error.place}: {error.what}\n  waits until it is back", file=sys.stderr, flush=True)
+            away = True
+            time.sleep(1.0)
 
 
 def _source(text: str) -> str:
