@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cli.sinks import sinks
 
 if TYPE_CHECKING:
     from registry.events import Event
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from registry.triggers import Decision
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command()(sinks)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 
 
@@ -30,22 +35,18 @@ def tail(
 
     Example: ft events tail -n 5 --type run.finished
     """
-    from registry.events import newest, read
+    from registry.events import newest
     from registry.project import find_project
     from registry.store import open_store
 
     store = open_store(find_project())
-    changes = store.database.changes()
+    start = newest(store, 1)
     shown = newest(store, count, type_=type_, subject=subject)
-    last = 0 if shown or not follow else max((each.seq for each in newest(store, 1)), default=0)
-    while True:
-        for event in shown:
-            _print_line(event, as_json)
-            last = event.seq
-        if not follow:
-            return
-        changes.wait(1.0, 0.1)
-        shown = read(store, after=last, type_=type_, subject=subject)
+    for event in shown:
+        _print_line(event, as_json)
+    if follow:
+        last = (shown or start)[-1:]
+        _follow(store, last[0].seq if last else 0, type_, subject, as_json)
 
 
 @app.command()
@@ -138,6 +139,26 @@ def receive(as_json: Annotated[bool, typer.Option("--json", help="Print where it
     settings = load_settings(project)
     tell = (lambda url: print_json({"url": url})) if as_json else (lambda url: say(f"receiving at {url}"))
     run_receiver(project, open_store(project), settings, tell)
+
+
+def _follow(store: Store, last: int, type_: str, subject: str, as_json: bool) -> None:
+    """Print what comes, for ever. A database that is restarted is waited for, however long that takes."""
+    from registry.errors import StoreError
+    from registry.events import read
+
+    changes, away = store.database.changes(), False
+    while True:
+        try:
+            for event in read(store, after=last, type_=type_, subject=subject):
+                _print_line(event, as_json)
+                last = event.seq
+            away = False
+            changes.wait(1.0, 0.1)
+        except StoreError as error:
+            if not away:
+                print(f"{error.place}: {error.what}\n  waits until it is back", file=sys.stderr, flush=True)
+            away = True
+            time.sleep(1.0)
 
 
 def _source(text: str) -> str:

@@ -9,9 +9,11 @@ import time
 import traceback
 
 from jobs import runtime
+from jobs.deliver import Deliverer
 from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import begin, bind, let_go
 from jobs.hosts import Post
+from jobs.mlflow_aliases import AliasWatch
 from jobs.tell_mlflow import tell_the_rest
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
@@ -47,23 +49,21 @@ def work(project: Project, *, forever: bool = False) -> None:
     bind(project, store, settings)
     runtime.launch(project, pauses(store))
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
-    changes, busy_at, post, dispatcher = (
-        store.database.changes(),
-        time.monotonic(),
-        Post(store, settings.lost_seconds),
-        Dispatcher(project, store),
-    )
+    threading.Thread(target=AliasWatch(project, store).run, name="aliases", daemon=True).start()
+    changes, busy_at, messages = store.database.changes(), time.monotonic(), Deliverer(project, store)
+    post, dispatcher = Post(store, settings.lost_seconds), Dispatcher(project, store)
+    messages.start()
     while True:
-        if _look(store, post, dispatcher):
+        if _look(store, post, dispatcher, messages):
             busy_at = time.monotonic()
         idle = time.monotonic() - busy_at
-        if not forever and idle > settings.worker_idle_seconds and _may_end(project, store):
+        if not forever and idle > settings.worker_idle_seconds and _may_end(project, store, messages):
             post.leave()
             return
         changes.wait(QUIET_SECONDS, LOOK_SECONDS)
 
 
-def _look(store: Store, post: Post, dispatcher: Dispatcher) -> bool:
+def _look(store: Store, post: Post, dispatcher: Dispatcher, messages: Deliverer) -> bool:
     """One look at the run rows and the events; True while there is work. An error here must not end the worker."""
     try:
         post.keep()
@@ -73,7 +73,7 @@ def _look(store: Store, post: Post, dispatcher: Dispatcher) -> bool:
             runtime.agree(store, begin, let_go, post.others())
         else:
             runtime.let_go_here(store, let_go)
-        busy = bool(news) or bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
+        busy = bool(news) or _has_work(store, messages)
         post.mind_cards(busy)
         return busy
     except StoreError as error:  # locked, full, or restarting; the next look may find it well
@@ -86,18 +86,22 @@ def _look(store: Store, post: Post, dispatcher: Dispatcher) -> bool:
         return True
 
 
-def _may_end(project: Project, store: Store) -> bool:
+def _may_end(project: Project, store: Store, messages: Deliverer) -> bool:
     """With the gate closed nobody can submit; if there is still nothing to do, this process may end."""
     gate = close_gate(project)
     if gate is None:
         return False
     busy = True
     try:
-        busy = bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store) or has_news(store)
+        busy = _has_work(store, messages) or has_news(store)
     finally:
         if busy:
             os.close(gate)
     return not busy  # the gate stays closed until this process is gone, and the worker's lock with it
+
+
+def _has_work(store: Store, messages: Deliverer) -> bool:
+    return bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store) or messages.busy()
 
 
 def _has_wishes(store: Store) -> bool:

@@ -141,6 +141,13 @@ def last_verdict(store: Store, model: str, version: int) -> Verdict | None:
     return _verdict(row) if row else None
 
 
+def last_verdict_within(connection: Connection, model: str, version: int) -> Verdict | None:
+    row = connection.execute(
+        "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
+    ).fetchone()
+    return _verdict(dict(row)) if row else None
+
+
 def promote(
     store: Store,
     verdict: Verdict,
@@ -155,29 +162,43 @@ def promote(
     Idempotent by `run_id`. Raises GateClosed if the verdict is no pass or the version was rolled back (unless a
     `person` says so), Conflict if the champion is no longer the one that the verdict was made against.
     """
-    model, version = verdict.model, verdict.version
     with store.writing() as connection:
-        done = _promotion_of_run(connection, run_id)
-        if done is not None:
-            return done
-        if verdict.outcome != "pass" and not person:
-            raise GateClosed(f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict))
-        row = connection.execute(
-            "SELECT rolled_back FROM versions WHERE model = ? AND version = ?", (model, version)
-        ).fetchone()
-        if row["rolled_back"] and not person:
-            raise GateClosed(f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`")
-        champion = _alias(connection, model, "champion")
-        if champion == version:
-            raise Conflict(f"{model}@{version} is the champion already")
-        if champion != verdict.body.get("champion") and not person:
-            raise Conflict(
-                f"{model}@{version} was judged against {_named(verdict.body.get('champion'))}, "
-                f"and the champion is {_named(champion)} now",
-                fix=_judge_again(verdict),
-            )
-        move = Promotion(0, model, version, champion, "promote", run_id, verdict.id, by_whom, reason, time.time())
-        return _move(connection, move, by_run(run_id))
+        return promote_within(connection, verdict, by_whom=by_whom, run_id=run_id, reason=reason, person=person)
+
+
+def promote_within(
+    connection: Connection,
+    verdict: Verdict,
+    *,
+    by_whom: str,
+    run_id: str | None = None,
+    reason: str = "",
+    person: bool = False,
+    cause: str | None = None,
+) -> Promotion:
+    """The same in a transaction of the caller's, who can go on in it if this raises. `cause` is an event's `ref`."""
+    model, version = verdict.model, verdict.version
+    done = _promotion_of_run(connection, run_id)
+    if done is not None:
+        return done
+    if verdict.outcome != "pass" and not person:
+        raise GateClosed(f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict))
+    row = connection.execute(
+        "SELECT rolled_back FROM versions WHERE model = ? AND version = ?", (model, version)
+    ).fetchone()
+    if row["rolled_back"] and not person:
+        raise GateClosed(f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`")
+    champion = _alias(connection, model, "champion")
+    if champion == version:
+        raise Conflict(f"{model}@{version} is the champion already")
+    if champion != verdict.body.get("champion") and not person:
+        raise Conflict(
+            f"{model}@{version} was judged against {_named(verdict.body.get('champion'))}, "
+            f"and the champion is {_named(champion)} now",
+            fix=_judge_again(verdict),
+        )
+    move = Promotion(0, model, version, champion, "promote", run_id, verdict.id, by_whom, reason, time.time())
+    return _move(connection, move, cause or by_run(run_id))
 
 
 def roll_back(
@@ -188,20 +209,33 @@ def roll_back(
     `cause` is the event that led to it, None where a person does it.
     """
     with store.writing() as connection:
-        champion = _alias(connection, model, "champion")
-        target = to if to is not None else _alias(connection, model, "previous")
-        if champion is None or target is None:
-            raise NotFound(
-                f"{model} has no previous version to go back to",
-                fix=f"`ft models {model}` lists its versions",
-            )
-        if target == champion:
-            raise Conflict(f"{model}@{target} is the champion already")
-        if not connection.execute("SELECT 1 FROM versions WHERE model = ? AND version = ?", (model, target)).fetchone():
-            raise NotFound(f"no version {model}@{target}", fix=f"`ft models {model}` lists them")
-        connection.execute("UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion))
-        move = Promotion(0, model, target, champion, "rollback", None, None, by_whom, reason, time.time())
-        return _move(connection, move, cause)
+        return roll_back_within(connection, model, by_whom=by_whom, reason=reason, to=to, cause=cause)
+
+
+def roll_back_within(
+    connection: Connection,
+    model: str,
+    *,
+    by_whom: str,
+    reason: str = "",
+    to: int | None = None,
+    cause: str | None = None,
+) -> Promotion:
+    """The same in a transaction of the caller's."""
+    champion = _alias(connection, model, "champion")
+    target = to if to is not None else _alias(connection, model, "previous")
+    if champion is None or target is None:
+        raise NotFound(
+            f"{model} has no previous version to go back to",
+            fix=f"`ft models {model}` lists its versions",
+        )
+    if target == champion:
+        raise Conflict(f"{model}@{target} is the champion already")
+    if not connection.execute("SELECT 1 FROM versions WHERE model = ? AND version = ?", (model, target)).fetchone():
+        raise NotFound(f"no version {model}@{target}", fix=f"`ft models {model}` lists them")
+    connection.execute("UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion))
+    move = Promotion(0, model, target, champion, "rollback", None, None, by_whom, reason, time.time())
+    return _move(connection, move, cause)
 
 
 def promotions(store: Store, model: str = "") -> list[Promotion]:
@@ -213,11 +247,6 @@ def unprojected_aliases(store: Store) -> list[tuple[str, str, int]]:
     """(model, alias, version) that MLflow has not been told of yet."""
     rows = store.read("SELECT model, alias, version FROM aliases WHERE projected IS DISTINCT FROM version")
     return [(row["model"], row["alias"], row["version"]) for row in rows]
-
-
-def mark_projected(store: Store, model: str, alias: str, version: int) -> None:
-    with store.writing() as connection:
-        connection.execute("UPDATE aliases SET projected = ? WHERE model = ? AND alias = ?", (version, model, alias))
 
 
 def unprojected_verdicts(store: Store, model: str = "") -> list[Verdict]:

@@ -83,6 +83,18 @@ TYPES: dict[str, EventType] = {
         "the server would not serve the version", "model@N", {"reason": TEXT},
         {"place": TEXT, "parity": {"type": "object"}},
     ),
+    "alias.requested": EventType(
+        "somebody moved an alias in MLflow (`to`: null where it was deleted)", "model@N",
+        {"alias": TEXT, "from": OPTIONAL_WHOLE, "to": OPTIONAL_WHOLE},
+    ),
+    "alias.refused": EventType(
+        "a move in MLflow was refused, and MLflow's alias is put back", "model@N",
+        {"alias": TEXT, "reason": TEXT, "champion": OPTIONAL_WHOLE},
+    ),
+    "sink.gave_up": EventType(
+        "a sink did not take an event; said once until it takes one again", "sink",
+        {"event": TEXT, "type": TEXT, "reason": TEXT, "attempts": WHOLE},
+    ),
 }  # fmt: skip
 
 

@@ -70,4 +70,21 @@ MIGRATIONS = [
     CREATE TABLE paused_cards (
         host TEXT NOT NULL, card TEXT NOT NULL, by_whom TEXT NOT NULL, since REAL NOT NULL, PRIMARY KEY (host, card));
     """,
+    # What waits to be sent to the sinks of ft.yaml, and how each sink is. Aliases moved in MLflow: `projections` says
+    # who tells MLflow of an alias just now, so that what ft writes there is never taken for what a person did.
+    """
+    CREATE TABLE outbox (
+        sink TEXT NOT NULL, seq INTEGER NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+        due REAL NOT NULL, first REAL, lease TEXT, leased_until REAL, error TEXT, PRIMARY KEY (sink, seq));
+    CREATE INDEX outbox_by_state ON outbox (sink, state, due);
+    CREATE TABLE sinks (
+        name TEXT PRIMARY KEY, delivered INTEGER NOT NULL DEFAULT 0, delivered_at REAL, error TEXT, error_at REAL,
+        paused_until REAL, away INTEGER NOT NULL DEFAULT 0, failing INTEGER NOT NULL DEFAULT 0, disabled TEXT);
+    CREATE TABLE projections (
+        model TEXT NOT NULL, alias TEXT NOT NULL, token TEXT, since REAL, count INTEGER NOT NULL,
+        PRIMARY KEY (model, alias));
+    CREATE TABLE alias_refusals (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, version INTEGER, reason TEXT NOT NULL,
+        created REAL NOT NULL, told INTEGER NOT NULL DEFAULT 0);
+    """,
 ]

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from registry import adapters
+from registry.alias_telling import abandon_telling, begin_telling, end_telling
 from registry.errors import FtError, TrackerError, from_dict
 from registry.mlflow_store import Tracker, tracker_for
 from registry.project import Project, find_project
@@ -27,20 +28,35 @@ CONNECT_SECONDS = 5.0
 
 def mirror(store: Store, tracker: Tracker, model: str) -> int:
     """Tell MLflow what it does not know yet of the model; how many facts. Raises TrackerError; the rest stays."""
-    moved = [each for each in adapters.unprojected_aliases(store) if each[0] == model]
-    for _, alias, version in moved:
-        tracker.set_alias(model, alias, version)
-        adapters.mark_projected(store, model, alias, version)
+    moved = [alias for name, alias, _ in adapters.unprojected_aliases(store) if name == model]
+    told = sum(tell_alias(store, tracker, model, alias) for alias in moved)
     judged = adapters.unprojected_verdicts(store, model)
     for verdict in judged:
         tracker.tag_verdict(model, verdict.version, verdict.outcome, verdict.body)
         adapters.mark_verdict_projected(store, verdict.id)
-    return len(moved) + len(judged)
+    return told + len(judged)
+
+
+def tell_alias(store: Store, tracker: Tracker, model: str, alias: str) -> bool:
+    """Make MLflow's alias ours, also where we have none; False while somebody else does. Raises TrackerError."""
+    telling = begin_telling(store, model, alias)
+    if telling is None:
+        return False
+    try:
+        if telling.version is None:
+            tracker.delete_alias(model, alias)
+        else:
+            tracker.set_alias(model, alias, telling.version)
+    except BaseException:
+        abandon_telling(store, telling)
+        raise
+    end_telling(store, telling)
+    return True
 
 
 def mirror_apart(project: Project, model: str, patience: float = PATIENCE_SECONDS) -> None:
     """`mirror` in a process of its own, for so many seconds at most. Raises TrackerError."""
-    _refuse_if_away(_tracker(project, open_store(project), model).uri)
+    _refuse_if_away(tracker_of(project, open_store(project), model).uri)
     command = [sys.executable, "-m", "registry.mlflow_mirror", model]
     try:
         done = subprocess.run(command, cwd=project.root, capture_output=True, text=True, timeout=patience, check=False)
@@ -52,7 +68,7 @@ def mirror_apart(project: Project, model: str, patience: float = PATIENCE_SECOND
 
 def mirror_model(project: Project, store: Store, model: str) -> int:
     """`mirror` with the MLflow of the model's newest version."""
-    return mirror(store, _tracker(project, store, model), model)
+    return mirror(store, tracker_of(project, store, model), model)
 
 
 def main() -> None:
@@ -65,7 +81,8 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _tracker(project: Project, store: Store, model: str) -> Tracker:
+def tracker_of(project: Project, store: Store, model: str) -> Tracker:
+    """The MLflow of the model's newest version."""
     newest = adapters.versions(store, model)[-1]
     return tracker_for(project, Finetune.model_validate(newest.body["recipe"]))
 

@@ -130,6 +130,34 @@ class Tracker:
         with self._client("cannot set an alias") as client:
             client.set_registered_model_alias(model, alias, str(version))
 
+    def delete_alias(self, model: str, alias: str) -> None:
+        with self._client("cannot delete an alias") as client:
+            client.delete_registered_model_alias(model, alias)
+
+    def aliases(self, model: str) -> dict[str, int] | None:
+        """None if MLflow does not know the model."""
+        from mlflow.exceptions import MlflowException
+
+        with self._client("cannot read aliases") as client:
+            try:
+                found = client.get_registered_model(model).aliases
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
+            return {alias: int(version) for alias, version in found.items()}
+
+    def tag_refused(self, model: str, version: int, reason: str) -> None:
+        """Say at the version why its alias was put back; a version that is gone needs no word."""
+        from mlflow.exceptions import MlflowException
+
+        with self._client("cannot write why an alias was refused") as client:
+            try:
+                client.set_model_version_tag(model, str(version), "ft.refused", reason)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+
     def end(self, recipe: Recipe, run_id: str, status: str) -> None:
         """End the MLflow run of our run, if it was ever begun. `status` is FINISHED, FAILED or KILLED."""
         with self._client("cannot end the run") as client:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from registry.errors import WrongInput
 from registry.project import Project
+from registry.sinks import Sink, masked
 
 SECRETS = ("key", "token", "secret", "password")
 
@@ -41,6 +42,16 @@ class Settings(BaseSettings):
     mlflow_webhook_secret: str = Field("", description="The secret of MLflow's webhooks; without one they are refused")
     internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
 
+    sinks: tuple[Sink, ...] = Field((), description="Where news goes as it happens: webhooks, chats (docs/triggers.md)")
+
+    @field_validator("sinks")
+    @classmethod
+    def _one_of_each_name(cls, sinks: tuple[Sink, ...]) -> tuple[Sink, ...]:
+        names = [each.name for each in sinks]
+        if twice := sorted({each for each in names if names.count(each) > 1}):
+            raise ValueError(f"two sinks have the name {', '.join(twice)}")
+        return sinks
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -63,12 +74,20 @@ def load_settings(project: Project) -> Settings:
     try:
         return _Here()
     except ValidationError as error:
-        wrong = [_told(".".join(map(str, each["loc"])), each["msg"], each["input"]) for each in error.errors()]
         raise WrongInput(
-            "\n".join(wrong), place=f"{path} or FT_* variables", fix="`ft doctor` lists all settings"
+            "\n".join(map(_said, error.errors())),
+            place=f"{path} or FT_* variables",
+            fix="`ft doctor` lists all settings",
         ) from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise WrongInput(f"not valid YAML settings: {error}", place=str(path)) from error
+
+
+def _said(error: Any) -> str:
+    """Of a sink and of a secret without what was given: that may be an address with a secret in it."""
+    place = [str(each) for each in error["loc"]]
+    said = f"{'.'.join(place)}: {error['msg']}"
+    return said if place[0] == "sinks" or is_secret(place[0]) else f"{said} (given: {error['input']!r})"
 
 
 def sources(project: Project) -> dict[str, tuple[Any, str]]:
@@ -80,7 +99,7 @@ def sources(project: Project) -> dict[str, tuple[Any, str]]:
         origin = (
             f"FT_{name.upper()}" if f"FT_{name.upper()}" in os.environ else "ft.yaml" if name in written else "default"
         )
-        found[name] = ("***" if is_secret(name) and value else value, origin)
+        found[name] = (_shown(name, value), origin)
     return found
 
 
@@ -89,5 +108,7 @@ def is_secret(name: str) -> bool:
     return name.endswith(SECRETS)
 
 
-def _told(name: str, message: str, given: Any) -> str:
-    return f"{name}: {message} (given: {'***' if is_secret(name) else repr(given)})"
+def _shown(name: str, value: Any) -> Any:
+    if name == "sinks":
+        return [f"{each.name}: {masked(each.url) if each.url else each.url_env}" for each in value]
+    return "***" if is_secret(name) and value else value

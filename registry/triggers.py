@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatch
@@ -196,6 +195,13 @@ def run_id_of(recipe: str, event: Event) -> str:
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
+def fits(match: Match, event: Event) -> bool:
+    """Is it an event of that type, with those values in it?"""
+    return fnmatch(event.type, match.type) and all(
+        _value(event, name) == wanted for name, wanted in match.where.items()
+    )
+
+
 def due(line: str, zone: str, after: float, now: float) -> float | None:
     """The last time up to `now` at which the cron line fires, if that is later than `after`; Unix seconds.
 
@@ -250,15 +256,11 @@ def _has_branch(event: Event) -> bool:
 
 
 def _matches(on: Triggers, event: Event) -> bool:
-    return any(fnmatch(event.type, match.type) and _has(event, match.where) for match in on.event)
+    return any(fits(match, event) for match in on.event)
 
 
 def _seconds(duration: str) -> int:
     return int(duration[:-1]) * UNITS[duration[-1]]
-
-
-def _has(event: Event, where: Mapping[str, Any]) -> bool:
-    return all(_value(event, name) == wanted for name, wanted in where.items())
 
 
 def _value(event: Event, name: str) -> Any:

@@ -139,16 +139,6 @@ def test_references(store: Store) -> None:
                 adapters.find_version(store, wrong)
 
 
-def test_aliases_are_projected_until_the_tracker_took_them(store: Store) -> None:
-    add(store, 1)
-    assert adapters.unprojected_aliases(store) == [("m", "candidate", 1)]
-    adapters.mark_projected(store, "m", "candidate", 1)
-    assert adapters.unprojected_aliases(store) == []
-    add(store, 2)
-    adapters.mark_projected(store, "m", "candidate", 1)  # told too late: of version 2 it was not told
-    assert adapters.unprojected_aliases(store) == [("m", "candidate", 2)]
-
-
 def _outcome(work: Callable[[], adapters.Promotion]) -> str:
     try:
         work()
