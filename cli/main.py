@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("cli.serve", "app", "Start and stop the gateway and its vLLM"),
     "ask": ("cli.ask", "ask", "Ask a served model"),
     "events": ("cli.events", "app", "What happened, what followed from it, and why"),
+    "prune": ("cli.prune", "prune", "Delete what has had its time: runs, checkpoints, job folders, events"),
     "worker": ("cli.worker", "worker", "Run the worker in the foreground"),
     "doctor": ("cli.doctor", "doctor", "Say what is missing on this machine, and what settings are in force"),
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy
-from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
+from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer
 
 from registry import runs
 from registry.cards import Card, list_cards, pick_card
@@ -50,6 +50,21 @@ def launch(project: Project) -> None:
             name, worker_concurrency=limit, polling_interval_sec=POLL_SECONDS, on_conflict="always_update"
         )
     logging.getLogger("dbos").setLevel(logging.WARNING)
+
+
+def forget(project: Project, run_ids: list[str]) -> None:
+    """Delete what DBOS has of these runs and their children; from any process, because nothing is launched."""
+    if not project.runs_database.exists():  # a client would make an empty file
+        return
+    url = f"sqlite:///{project.runs_database}"
+    engine = _engine(url)
+    client = DBOSClient(system_database_url=url, system_database_engine=engine, application_name=APP,
+                        serializer=DBOSPortableJSONSerializer())  # fmt: skip
+    try:
+        client.delete_workflows(run_ids, delete_children=True)
+    finally:
+        client.destroy()
+        engine.dispose()
 
 
 def agree(store: Store, let_go: Callable[[str], bool]) -> None:

