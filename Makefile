@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-scale docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -49,6 +49,10 @@ kills: setup
 	rm -rf .ft/kills
 	$(BIN)/ft init .ft/kills
 	$(BIN)/python -m tests.flows.kills .ft/kills 10 $(or $(SEED),1)
+
+# 10,000 runs and 1,000,000 events, on SQLite and on Postgres; prints the figures as JSON, in some five minutes.
+bench-scale: setup
+	$(BIN)/python -m tests.bench.bench_scale
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

@@ -78,12 +78,13 @@ def append_within(connection: Connection, event: Event) -> bool:
     done = connection.execute(
         "INSERT INTO events (source, id, type, subject, time, data, cause, rating) VALUES (?,?,?,?,?,?,?,?) "
         "ON CONFLICT DO NOTHING",
-        _values(event),
+        values_of(event),
     )
     return done.rowcount == 1
 
 
-def _values(event: Event) -> tuple[Any, ...]:
+def values_of(event: Event) -> tuple[Any, ...]:
+    """Its row, without the number: source, id, type, subject, time, data, cause, rating."""
     rating = rating_of(event.data) if event.type == FEEDBACK else None
     return (event.source, event.id, event.type, event.subject, event.time, dump(event.data), event.cause, rating)
 
