@@ -6,11 +6,13 @@ import importlib.metadata
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from registry.errors import FtError
 
 if TYPE_CHECKING:
     from registry.project import Project
@@ -52,18 +54,18 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")
 
 
 def examine(project: Project) -> Iterator[Finding]:
-    """Every check, in the order in which a newcomer needs the parts."""
-    yield _python()
-    yield from _programs()
-    yield from _packages()
-    yield from _cards(project)
-    yield from _disk(project)
-    yield _data(project)
-    yield from _models(project)
-    yield _vllm(project)
-    yield _port(project)
-    yield _mlflow()
-    yield _worker(project)
+    """Every check, in the order in which a newcomer needs the parts. One that fails keeps nobody from the rest."""
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "python": lambda: [_python()], "programs": _programs, "packages": _packages, "cards": lambda: _cards(project),
+        "disk": lambda: _disk(project), "datasets": lambda: [_data(project)], "base model": lambda: _models(project),
+        "vLLM": lambda: [_vllm(project)], "gateway": lambda: [_port(project)], "MLflow": lambda: [_mlflow()],
+        "worker": lambda: [_worker(project)],
+    }  # fmt: skip
+    for subject, look in checks.items():
+        try:
+            yield from look()
+        except FtError as error:
+            yield Finding(subject, "missing", f"{error.place}: {error.what}", error.fix)
 
 
 def _python() -> Finding:

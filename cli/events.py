@@ -193,7 +193,8 @@ def _deaf(project: Project, event: Event, decided: list[Decision]) -> list[Decis
         try:
             loaded = load_recipe(path)
         except FtError as error:
-            said.append(Decision(path.stem, False, f"its recipe is wrong: {error.what}"))
+            if path.stem not in {each.recipe for each in decided}:
+                said.append(Decision(path.stem, False, f"its recipe is wrong: {error.what}"))
             continue
         if loaded.on and loaded.name not in {each.recipe for each in decided}:
             what = f"{event.type} of {event.subject or event.source}"

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 FOR_EVER = "off"
@@ -27,9 +27,15 @@ Period = Annotated[str, BeforeValidator(_period)]
 
 
 class Keep(BaseModel):
-    """How long what is kept: a number and h, d or w; `off`: for ever."""
+    """How long what is kept: a number and h, d or w; `off`: for ever. `keep: off` is that for all of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_for_ever(cls, given: Any) -> Any:
+        periods = [name for name in cls.model_fields if name != "auto"]
+        return dict.fromkeys(periods, FOR_EVER) if given in (False, FOR_EVER) else given
 
     auto: bool = Field(False, description="A worker prunes once a day; otherwise only `ft prune` does")
     runs: Period = Field("90d", description="Rows and steps of runs that have ended, with all that is left of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -49,6 +50,7 @@ class Settings(BaseSettings):
 def load_settings(project: Project) -> Settings:
     """What is in force for the project. Raises WrongInput with every wrong value."""
     path = project.root / "ft.yaml"
+    _written(path)
 
     class _Here(Settings):
         model_config = SettingsConfigDict(**{**Settings.model_config, "yaml_file": path})
@@ -62,14 +64,13 @@ def load_settings(project: Project) -> Settings:
         raise WrongInput(
             "\n".join(wrong), place=f"{path} or FT_* variables", fix="`ft doctor` lists all settings"
         ) from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise WrongInput(f"not valid YAML settings: {error}", place=str(path)) from error
+    except (ValueError, TypeError) as error:
+        raise WrongInput(f"not valid settings: {error}", place=f"{path} or FT_* variables") from error
 
 
 def sources(project: Project) -> dict[str, tuple[Any, str]]:
     """Each setting's value and where it comes from, secrets masked."""
-    settings, path = load_settings(project), project.root / "ft.yaml"
-    written = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    settings, written = load_settings(project), _written(project.root / "ft.yaml")
     found: dict[str, tuple[Any, str]] = {}
     for name, value in settings:
         origin = (
@@ -78,3 +79,19 @@ def sources(project: Project) -> dict[str, tuple[Any, str]]:
         shown = value.model_dump() if isinstance(value, Keep) else value
         found[name] = ("***" if name.endswith("key") and value else shown, origin)
     return found
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What ft.yaml says; WrongInput if it is no YAML, or no mapping."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else None
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise WrongInput(
+            f"cannot be read: {error}", place=str(path), fix="write lines like `gateway_port: 8100`"
+        ) from error
+    if found is not None and not isinstance(found, dict):
+        raise WrongInput(
+            f"is no mapping of settings but {type(found).__name__}", place=str(path),
+            fix="write lines like `gateway_port: 8100`; `ft doctor` lists all settings",
+        )  # fmt: skip
+    return found or {}

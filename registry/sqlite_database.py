@@ -103,4 +103,6 @@ def _unusable(path: Path, error: sqlite3.Error) -> StoreError:
     fix = "free disk space or close what holds the file, then try again (`ft doctor` shows both)"
     if damaged:
         fix = "put a backup in its place; without one move it away, and MLflow and .ft/adapters still have the versions"
+    elif "locked" in str(error):
+        fix = f"another process has kept it for {BUSY_SECONDS} s: let it end (`fuser {path}` names it), then try again"
     return StoreError(f"the project's database cannot be used: {error}", place=str(path), fix=fix)
