@@ -69,14 +69,13 @@ def old_events(
     """(number, size of the data) of events whose data may go, page by page."""
     at = 0
     while rows := store.read(
-        "SELECT seq, time, type, subject, pruned, length(data) AS size FROM events WHERE seq > ? AND seq <= ? "
-        "ORDER BY seq LIMIT ?", (at, up_to, EVENTS_AT_ONCE),
+        "SELECT seq, type, subject, length(data) AS size FROM events WHERE seq > ? AND seq <= ? AND time < ? "
+        "AND pruned = 0 AND length(data) > 2 ORDER BY seq LIMIT ?", (at, up_to, before, EVENTS_AT_ONCE),
     ):  # fmt: skip
         at = rows[-1]["seq"]
         yield [
             (row["seq"], row["size"]) for row in rows
-            if row["time"] < before and not row["pruned"] and row["size"] > len("{}")
-            and row["type"] != PRUNED and row["subject"] not in kept and row["seq"] not in causing
+            if row["type"] != PRUNED and row["subject"] not in kept and row["seq"] not in causing
         ]  # fmt: skip
 
 

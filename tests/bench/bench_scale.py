@@ -1,7 +1,7 @@
 """`make bench-scale`: a store with 10,000 runs and 1,000,000 events, on SQLite and on Postgres; what it still takes.
 
 Rows have the shape that the real code writes, and are inserted in bulk. Commands are timed as whole processes,
-with the start of Python, in turn; appends before and after filling, in the same process.
+with the start of Python, in turn; appends into the full store and into an empty one, in turn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from registry.store import Store, dump, open_store
 from registry.triggers import Subscriber, Triggers
 from tests.postgres_server import postgres_server
 
-TIMES, APPENDS, ROUNDS, BATCH = 9, 500, 7, 20_000
+TIMES, APPENDS, ROUNDS, BATCH = 9, 300, 15, 20_000
 STEPS = ("take turn", "pin", "plan", "train", "register", "evaluate", "judge", "promote")
 START = time.time() - 200 * 86400
 
@@ -51,38 +52,43 @@ def main() -> None:
 def _on(name: str, runs: int, events: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ft-bench-") as folder:
         os.environ.pop("FT_DATABASE_URL", None)
-        project = _project(Path(folder))
+        project, other = _project(Path(folder) / "full"), _project(Path(folder) / "empty")
         if name == "sqlite":
-            return measure(project, runs, events)
+            return measure(project, other, open_store(other), runs, events)
         with postgres_server() as server:
+            os.environ["FT_EMPTY_URL"] = os.environ["FT_DATABASE_URL"] = server.new_database("empty")
+            empty = open_store(other)
             os.environ["FT_DATABASE_URL"] = server.new_database("bench")
-            return measure(project, runs, events)
+            return measure(project, other, empty, runs, events)
 
 
-def measure(project: Project, runs: int, events: int) -> dict[str, Any]:
+def measure(project: Project, other: Project, empty: Store, runs: int, events: int) -> dict[str, Any]:
     """All figures of one database: seconds, unless the name says otherwise."""
     store, seeded = open_store(project), random.Random(7)
-    empty = appends_per_second(store)
     began = time.perf_counter()
     fill_runs(store, runs, seeded)
     fill_events(store, runs, events, seeded)
     settle(store)
     found: dict[str, Any] = {"filling": round(time.perf_counter() - began, 1)}
-    full = appends_per_second(store)
-    found |= {"appends/s, empty": round(empty), "appends/s, full": round(full), "ratio": round(full / empty, 2)}
-    found |= times_of_commands(project, runs) | times_within(project, store)
-    return found
+    return found | appends(store, empty) | times_of_commands(project, other, runs) | times_within(project, store)
 
 
-def appends_per_second(store: Store) -> float:
-    """One event in one transaction each, as a receiver or a step does it; the median of some rounds."""
-    rates = []
+def appends(full: Store, empty: Store) -> dict[str, Any]:
+    """One event in one transaction each, into both stores in turn, so that what else the machine does hits both."""
+    rates: dict[str, list[float]] = {"empty": [], "full": []}
+    # As a worker does: with no connection open SQLite copies its log into the file after each append.
+    watching = [store.database.changes() for store in (full, empty)]
+    for changes in watching:
+        changes.wait(0, 0)
     for _ in range(ROUNDS):
-        began = time.perf_counter()
-        for number in range(APPENDS):
-            append(store, new_event("bench", "external.bench", f"s{number}", {"number": number, "text": "x" * 60}))
-        rates.append(APPENDS / (time.perf_counter() - began))
-    return statistics.median(rates)
+        for name, store in (("empty", empty), ("full", full)):
+            began = time.perf_counter()
+            for number in range(APPENDS):
+                append(store, new_event("bench", "external.bench", f"s{number}", {"number": number, "text": "x" * 60}))
+            rates[name].append(APPENDS / (time.perf_counter() - began))
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    each_round = statistics.median(full / empty for full, empty in zip(rates["full"], rates["empty"], strict=True))
+    return {"appends/s": {name: round(each) for name, each in medians.items()}, "full to empty": round(each_round, 2)}
 
 
 def fill_runs(store: Store, count: int, seeded: random.Random) -> None:
@@ -124,8 +130,8 @@ def settle(store: Store) -> None:
         store.read("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def times_of_commands(project: Project, runs: int) -> dict[str, Any]:
-    """Medians (and the slowest) of whole processes, one of each in turn."""
+def times_of_commands(project: Project, other: Project, runs: int) -> dict[str, Any]:
+    """Of whole processes, one of each in turn: median time, and median CPU time, which other programs change less."""
     middle = run_id(runs // 2)
     commands = {
         "ft runs": ["runs"], "ft runs --active": ["runs", "--active"], "ft runs --recipe": ["runs", "--recipe", "r3"],
@@ -135,16 +141,31 @@ def times_of_commands(project: Project, runs: int) -> dict[str, Any]:
         "ft events tail --subject": ["events", "tail", "--subject", middle],
         "ft events why RUN": ["events", "why", middle], "ft models": ["models"],
     }  # fmt: skip
-    spent: dict[str, list[float]] = {name: [] for name in commands}
+    empty = {f"{name}, empty store": commands[name] for name in ("ft runs", "ft events tail -n 20", "ft models")}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in [*empty, *commands]}
     for _ in range(TIMES):
         for name, arguments in commands.items():
-            began = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "cli.main", *arguments], cwd=project.root, check=True, capture_output=True,
-                timeout=120, env={**os.environ, "PYTHONPATH": os.getcwd()},
-            )  # fmt: skip
-            spent[name].append(time.perf_counter() - began)
-    return {name: [round(statistics.median(each), 3), round(max(each), 3)] for name, each in spent.items()}
+            spent[name].append(_process(project, arguments, os.environ.get("FT_DATABASE_URL", "")))
+        for name, arguments in empty.items():
+            spent[name].append(_process(other, arguments, os.environ.get("FT_EMPTY_URL", "")))
+    return {
+        name: {"time": round(statistics.median(all_ for all_, _ in each), 3),
+               "cpu": round(statistics.median(cpu for _, cpu in each), 3)}
+        for name, each in spent.items()
+    }  # fmt: skip
+
+
+def _process(project: Project, arguments: list[str], url: str) -> tuple[float, float]:
+    env = {name: value for name, value in os.environ.items() if name not in ("FT_DATABASE_URL", "FT_EMPTY_URL")}
+    env |= {"PYTHONPATH": os.getcwd()} | ({"FT_DATABASE_URL": url} if url else {})
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "cli.main", *arguments], cwd=project.root, check=True, capture_output=True, timeout=120,
+        env=env,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return time.perf_counter() - began, cpu
 
 
 def times_within(project: Project, store: Store) -> dict[str, Any]:
@@ -198,7 +219,7 @@ def _time(act: Callable[[], object], times: int = 21) -> float:
 
 
 def _project(root: Path) -> Project:
-    (root / "recipes").mkdir()
+    (root / "recipes").mkdir(parents=True)
     (root / "datasets").mkdir()
     (root / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     recipe = {
