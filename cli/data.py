@@ -111,6 +111,8 @@ def _check_name(name: str) -> None:
     if not re.fullmatch(NAME.strip("^$"), name):
         fix = "use lower-case letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit"
         raise WrongInput(f"'{name}' is no name for a data set", fix=fix)
+    if name.endswith(".dvc"):
+        raise WrongInput(f"'{name}' is the name of one of DVC's records", fix=f"call it {name.removesuffix('.dvc')}")
 
 
 def _keep(texts: list[str]) -> dict[str, list[str]]:

@@ -6,11 +6,13 @@ import importlib.metadata
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from registry.errors import FtError
 
 if TYPE_CHECKING:
     from registry.project import Project
@@ -52,20 +54,27 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")
 
 
 def examine(project: Project) -> Iterator[Finding]:
-    """Every check, in the order in which a newcomer needs the parts."""
-    yield _python()
-    yield from _programs()
-    yield from _packages()
-    yield from _cards(project)
-    yield from _disk(project)
-    yield _data(project)
-    yield from _models(project)
-    yield _vllm(project)
-    yield _database(project)
-    yield _port(project)
-    yield _mlflow()
-    yield _worker(project)
-    yield _receiver(project)
+    """Every check, in the order in which a newcomer needs the parts. One that fails keeps nobody from the rest."""
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "python": lambda: [_python()],
+        "programs": _programs,
+        "packages": _packages,
+        "cards": lambda: _cards(project),
+        "disk": lambda: _disk(project),
+        "datasets": lambda: [_data(project)],
+        "base model": lambda: _models(project),
+        "vLLM": lambda: [_vllm(project)],
+        "database": lambda: [_database(project)],
+        "gateway": lambda: [_port(project)],
+        "MLflow": lambda: [_mlflow()],
+        "worker": lambda: [_worker(project)],
+        "receiver": lambda: [_receiver(project)],
+    }
+    for subject, look in checks.items():
+        try:
+            yield from look()
+        except FtError as error:
+            yield Finding(subject, "missing", f"{error.place}: {error.what}", error.fix)
 
 
 def _python() -> Finding:
@@ -156,13 +165,9 @@ def _vllm(project: Project) -> Finding:
 
 
 def _database(project: Project) -> Finding:
-    from registry.errors import FtError
     from registry.store import open_store
 
-    try:
-        return Finding("database", "ok", open_store(project).database.place)
-    except FtError as error:
-        return Finding("database", "missing", f"{error.place}: {error.what}", error.fix)
+    return Finding("database", "ok", open_store(project).database.place)
 
 
 def _port(project: Project) -> Finding:

@@ -194,14 +194,17 @@ def _meant(store: Store, what: str) -> list[Event]:
     from registry.events import RUNS, at, find
 
     try:
-        run = runs.get(store, what)
+        run_id = runs.get(store, what).id
     except NotFound:
-        found = find(store, what) or at(store, what)
-        if not found:
-            raise NotFound(f"no run and no event '{what}'", fix="`ft runs` and `ft events tail` list them") from None
-        return found
-    started = decision_for(store, run.id)
-    return at(store, str(started[0])) if started else [each for each in find(store, run.id) if each.source == RUNS]
+        run_id = what  # a run that was pruned still has its events
+    started = decision_for(store, run_id)
+    if started:
+        return at(store, str(started[0]))
+    submitted = [each for each in find(store, run_id) if each.source == RUNS]
+    found = submitted or find(store, what) or at(store, what)
+    if not found:
+        raise NotFound(f"no run and no event '{what}'", fix="`ft runs` and `ft events tail` list them")
+    return found
 
 
 def _story(project: Project, store: Store, event: Event) -> dict[str, Any]:
@@ -231,7 +234,8 @@ def _deaf(project: Project, event: Event, decided: list[Decision]) -> list[Decis
         try:
             loaded = load_recipe(path)
         except FtError as error:
-            said.append(Decision(path.stem, False, f"its recipe is wrong: {error.what}"))
+            if path.stem not in {each.recipe for each in decided}:
+                said.append(Decision(path.stem, False, f"its recipe is wrong: {error.what}"))
             continue
         if loaded.on and loaded.name not in {each.recipe for each in decided}:
             what = f"{event.type} of {event.subject or event.source}"
@@ -262,7 +266,8 @@ def _print_line(event: Event, as_json: bool) -> None:
         print(json.dumps(event.as_dict(), ensure_ascii=False), flush=True)
         return
     when = datetime.fromtimestamp(event.time).strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{event.seq:>6}  {when}  {event.type:20} {event.subject[:80]:32} {_short(event.data)}", flush=True)
+    data = "(pruned)" if event.pruned else _short(event.data)
+    print(f"{event.seq:>6}  {when}  {event.type:20} {event.subject[:80]:32} {data}", flush=True)
 
 
 def _short(data: dict[str, Any]) -> str:

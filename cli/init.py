@@ -52,7 +52,7 @@ def _whole_or_nothing(root: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         for each in [made] if made else list(root.iterdir()):
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
+            shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise Trouble(f"cannot be made: {error.strerror or error}", place=str(root)) from error
         raise

@@ -21,6 +21,7 @@ def logs(
     from cli.console import say
     from cli.watch import exit_as, watch
     from registry import runs
+    from registry.errors import NotFound
     from registry.job_folder import JobFolder
     from registry.project import find_project
     from registry.store import open_store
@@ -29,6 +30,8 @@ def logs(
     store = open_store(project)
     run = runs.get(store, run_id)
     job = JobFolder(project.job_folder(run.id))
+    if run.pruned is not None:
+        raise NotFound(f"the job folder of {run.id} was pruned, and its log with it", fix=f"`ft show {run.id}`")
     if as_json:
         for line in job.progress():
             say(json.dumps(line))

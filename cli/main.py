@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("cli.serve", "app", "Start and stop the gateway and its vLLM"),
     "ask": ("cli.ask", "ask", "Ask a served model"),
     "events": ("cli.events", "app", "What happened, what followed from it, and why"),
+    "prune": ("cli.prune", "prune", "Delete what has had its time: runs, checkpoints, job folders, events"),
     "worker": ("cli.worker", "worker", "Run the worker in the foreground"),
     "cards": ("cli.cards", "app", "Show all hosts' cards, what runs on them and what waits; pause and resume one"),
     "doctor": ("cli.doctor", "doctor", "Say what is missing on this machine, and what settings are in force"),
@@ -85,13 +86,22 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _leave_quietly()
+    except SystemExit as end:
+        # Typer turns a reader that has gone (`ft runs | head -1`) into exit code 1, and wraps the output on the way.
+        if end.code == 1 and type(sys.stdout).__name__ == "PacifyFlushWrapper":
+            _leave_quietly()
+        raise
     except Exception as error:
         if os.environ.get("FT_DEBUG"):
             raise
         _print_error(Trouble(f"a defect of ft: {type(error).__name__}: {error}", fix="`ft --debug ...` shows where"))
         sys.exit(1)
+
+
+def _leave_quietly() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    sys.exit(0)
 
 
 def _refuse_broken_text(arguments: list[str]) -> None:

@@ -63,7 +63,11 @@ def _facts(store: Store, version: Version) -> dict[str, Any]:
         "name": version.name,
         "model": version.model,
         "version": version.version,
-        "aliases": [*named, *(["rolled back"] if version.rolled_back else [])],
+        "aliases": [
+            *named,
+            *(["rolled back"] if version.rolled_back else []),
+            *(["pruned"] if version.pruned is not None else []),
+        ],
         "outcome": verdict.outcome if verdict else "not judged",
         "metric": body.get("metric"),
         "scores": body.get("scores", {}),

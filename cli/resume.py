@@ -34,6 +34,11 @@ def resume(
             f"{chosen[0].id} has ended ({chosen[0].state})",
             fix=f"`ft run {chosen[0].recipe_path}` starts anew",
         )
+    if run_id and chosen[0].pruned is not None:
+        raise Conflict(
+            f"the job folder of {chosen[0].id} was pruned, so it cannot go on",
+            fix=f"`ft run {chosen[0].recipe_path}` starts anew",
+        )
     with submitting(project):
         for run in chosen:
             if not run.active:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs.broken_recipes import Broken, as_broken
 from registry import recipe as recipes
 from registry.decisions import CURSOR, past_of, settle
 from registry.errors import FtError, RecipeError, StoreError
@@ -60,6 +61,7 @@ class Dispatcher:
     project: Project
     store: Store
     _files: dict[Path, tuple[int, Recipe | FtError]] = field(default_factory=dict)
+    _before: dict[Path, Subscriber | None] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _watched: float = 0.0
 
@@ -71,11 +73,15 @@ class Dispatcher:
         seen = cursor(self.store, CURSOR)
         events = read(self.store, after=seen, limit=BATCH)
         known = self._known() if events else []
+        broken = self._broken() if events else []
         for event in events:
             listening = [each for each in known if each.subscriber and listens(each.subscriber, event)]
-            if listening and not self._dispatch(event, listening, seen):
+            deaf = [each for each in broken if each.hears(event)]
+            if not listening and not deaf:
+                continue
+            if not self._dispatch(event, listening, deaf, seen):
                 return len(events)  # somebody else did; look again
-            seen = event.seq if listening else seen
+            seen = event.seq
         if events:
             advance(self.store, CURSOR, events[-1].seq)
         return len(events)
@@ -95,11 +101,13 @@ class Dispatcher:
         for subscriber in subscribers:
             self._look_at_the_clock(subscriber, time.time())
 
-    def _dispatch(self, event: Event, listening: list[Known], seen: int) -> bool:
+    def _dispatch(self, event: Event, listening: list[Known], deaf: list[Broken], seen: int) -> bool:
         """Decide for each recipe that listens, and write all of it at once."""
         now = time.time()
         subscribers = [each.subscriber for each in listening if each.subscriber]
         decisions = [decide(each, event, past_of(self.store, each, event, now), now) for each in subscribers]
+        names = {each.recipe for each in decisions}
+        decisions += {each.name: each.decision for each in deaf if each.name not in names}.values()
         return settle(self.store, event, decisions, {each.loaded.name: each.row() for each in listening}, seen)
 
     def _look_at_the_clock(self, subscriber: Subscriber, now: float) -> None:
@@ -121,7 +129,14 @@ class Dispatcher:
                 self._say_once(RecipeError(f"{other} is called '{loaded.name}' too", place=str(path), fix="rename one"))
             else:
                 known[loaded.name] = Known(loaded, str(path.relative_to(self.project.root)))
+                self._before[path] = known[loaded.name].subscriber
         return list(known.values())
+
+    def _broken(self) -> list[Broken]:
+        """Recipes with triggers whose files are wrong now."""
+        wrong = [(path, loaded) for path, (_, loaded) in self._files.items() if isinstance(loaded, FtError)]
+        found = [as_broken(path, error, self._before.get(path)) for path, error in wrong]
+        return [each for each in found if each]
 
     def _read(self, path: Path) -> tuple[int, Recipe | FtError] | None:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container
 from typing import Any
 
 import sqlalchemy
-from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
+from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer
 
 from registry import runs
 from registry.cards import Card
@@ -56,6 +56,22 @@ def launch(project: Project, paused: Container[str] = ()) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """How a run failed is in its row, in words; DBOS adds a traceback of a hundred lines."""
     return not (record.exc_info and isinstance(record.exc_info[1], FtError))
+
+
+def forget(project: Project, run_ids: list[str]) -> None:
+    """Delete what DBOS has of these runs and their children; from any process, because nothing is launched."""
+    url = project.database_url or f"sqlite:///{project.runs_database}"
+    if not project.database_url and not project.runs_database.exists():  # a client would make an empty file
+        return
+    engine = None if project.database_url else _engine(url)
+    client = DBOSClient(system_database_url=url, system_database_engine=engine, application_name=APP,
+                        serializer=DBOSPortableJSONSerializer())  # fmt: skip
+    try:
+        client.delete_workflows(run_ids, delete_children=True)
+    finally:
+        client.destroy()
+        if engine:
+            engine.dispose()
 
 
 def mind_card(card: Card, *, busy: bool, is_open: bool) -> None:

@@ -14,19 +14,21 @@ from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import begin, bind, let_go
 from jobs.hosts import Post
 from jobs.mlflow_aliases import AliasWatch
+from jobs.prune import prune_daily
 from jobs.tell_mlflow import tell_the_rest
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
 from registry.errors import FtError, StoreError
 from registry.hosts import pauses
 from registry.project import Project, find_project
-from registry.settings import load_settings
+from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
 
 LOOK_SECONDS = 0.02
 # Between two changes of the run rows: what DBOS itself has ended is noticed this late at most.
 QUIET_SECONDS = 0.5
 TELL_SECONDS, AWAY_SECONDS = 2.0, 30.0
+PRUNE_LOOK_SECONDS = 600.0
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def work(project: Project, *, forever: bool = False) -> None:
     bind(project, store, settings)
     runtime.launch(project, pauses(store))
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
+    threading.Thread(target=_keep_pruned, args=[project, store, settings], name="prune", daemon=True).start()
     threading.Thread(target=AliasWatch(project, store).run, name="aliases", daemon=True).start()
     changes, busy_at, messages = store.database.changes(), time.monotonic(), Deliverer(project, store)
     post, dispatcher = Post(store, settings.lost_seconds), Dispatcher(project, store)
@@ -119,6 +122,16 @@ def _keep_mlflow_told(project: Project, store: Store) -> None:
             print(error, file=sys.stderr, flush=True)
             time.sleep(AWAY_SECONDS)
         time.sleep(TELL_SECONDS)
+
+
+def _keep_pruned(project: Project, store: Store, settings: Settings) -> None:
+    """Killed with the worker in the middle, the next prune goes on."""
+    while settings.keep.auto:
+        try:
+            prune_daily(project, store, settings.keep)
+        except Exception as error:  # a full disk, a locked database: no reason for the worker to end
+            print(error, file=sys.stderr, flush=True)
+        time.sleep(PRUNE_LOOK_SECONDS)
 
 
 if __name__ == "__main__":

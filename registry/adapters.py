@@ -10,6 +10,7 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from registry.errors import Conflict, GateClosed, NotFound
@@ -22,7 +23,7 @@ class Version:
     """One immutable adapter version: `model` / `version`, served as `model@version`.
 
     `folder` is relative to the project's `.ft`; `body` has base (see BaseModel), manifest (sha256), rank,
-    recipe_digest, dataset, mlflow ids and what else the run noted.
+    recipe_digest, dataset, mlflow ids and what else the run noted. `pruned` is when the folder was deleted.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Version:
     body: dict[str, Any]
     created: float
     rolled_back: bool
+    pruned: float | None = None
 
     @property
     def name(self) -> str:
@@ -106,6 +108,14 @@ def find_version(store: Store, reference: str) -> Version:
         has = ", ".join(f"{alias} = {version}" for alias, version in aliases(store, model).items())
         raise NotFound(f"{model} has no '{which}'", fix=f"it has: {has or 'no version'}; `ft models` lists all models")
     return get_version(store, model, number)
+
+
+def refuse_pruned(model: str, version: int, pruned: float | None) -> None:
+    """Raises NotFound for a version whose folder was deleted."""
+    if pruned is not None:
+        when = datetime.fromtimestamp(pruned).strftime("%Y-%m-%d")
+        what = f"the adapter of {model}@{version} was pruned on {when}"
+        raise NotFound(what, fix=f"train it again with `ft run`; `ft models {model}` lists what is there")
 
 
 def versions(store: Store, model: str = "") -> list[Version]:
@@ -184,8 +194,9 @@ def promote_within(
     if verdict.outcome != "pass" and not person:
         raise GateClosed(f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict))
     row = connection.execute(
-        "SELECT rolled_back FROM versions WHERE model = ? AND version = ?", (model, version)
+        "SELECT rolled_back, pruned FROM versions WHERE model = ? AND version = ?", (model, version)
     ).fetchone()
+    refuse_pruned(model, version, row["pruned"])
     if row["rolled_back"] and not person:
         raise GateClosed(f"{model}@{version} was rolled back", fix=f"a person may: `ft promote {model}@{version}`")
     champion = _alias(connection, model, "champion")
@@ -231,8 +242,10 @@ def roll_back_within(
         )
     if target == champion:
         raise Conflict(f"{model}@{target} is the champion already")
-    if not connection.execute("SELECT 1 FROM versions WHERE model = ? AND version = ?", (model, target)).fetchone():
+    row = connection.execute("SELECT pruned FROM versions WHERE model = ? AND version = ?", (model, target)).fetchone()
+    if row is None:
         raise NotFound(f"no version {model}@{target}", fix=f"`ft models {model}` lists them")
+    refuse_pruned(model, target, row["pruned"])
     connection.execute("UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion))
     move = Promotion(0, model, target, champion, "rollback", None, None, by_whom, reason, time.time())
     return _move(connection, move, cause)

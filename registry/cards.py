@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from registry.errors import WrongInput
+from registry.errors import Trouble, WrongInput
 from registry.file_locks import alone, is_held, open_lock, try_exclusive
 from registry.project import Project
 
@@ -121,6 +121,11 @@ def wanted(project: Project, card: Card, purpose: Purpose) -> bool:
 def _guarded(project: Project, card: Card) -> Iterator[Path]:
     """The card's folder, with this process alone at work in it for a moment."""
     folder = project.cards / card.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = "see to its rights, or name another folder with FT_CACHE"
+        raise Trouble(f"the cards' locks cannot be there: {error.strerror}", place=str(folder), fix=fix) from error
     with alone(folder / "guard"):
         yield folder
 

@@ -190,10 +190,13 @@ def _text(path: Path) -> tuple[str, str]:
     if not raw.removeprefix(b"\xef\xbb\xbf").strip():
         return "", "the file is empty"
     try:
-        return raw.decode("utf-8-sig"), ""
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         return "", f"not UTF-8 text (line {line}); save it as UTF-8"
+    if "\0" in text:
+        return "", f"not text: line {text[: text.index(chr(0))].count(chr(10)) + 1} has a zero byte"
+    return text, ""
 
 
 def _wrong_header(cells: list[str], delimiter: str) -> str:

@@ -5,13 +5,12 @@ A decision is never taken twice: (event, recipe) is its key, and the reader's cu
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from registry import runs
-from registry.events import Event, advance_within, causes, cursor_within
+from registry.events import FEEDBACK, Event, advance_within, causes, cursor_within
 from registry.store import Connection, Store
 from registry.triggers import UNITS, Decision, Past, Subscriber
 
@@ -89,24 +88,27 @@ def _decision(row: dict[str, Any]) -> Decision:
 
 def _feedback(store: Store, subscriber: Subscriber, event: Event, last_run: float) -> int:
     wanted = subscriber.on.feedback
-    if wanted is None or event.type != "feedback.received":
+    if wanted is None or event.type != FEEDBACK:
         return 0
     # All of `model@N`: "A" comes after "@". With LIKE an underscore in a name would stand for any character.
-    rows = store.read(
-        "SELECT data FROM events WHERE subject >= ? AND subject < ? AND type = 'feedback.received' "
-        "AND seq <= ? AND time > ?",
-        (f"{subscriber.model}@", f"{subscriber.model}A", event.seq, last_run if wanted.since_last_run else 0.0),
-    )
-    ratings = [json.loads(row["data"]).get("rating") for row in rows]
-    if wanted.min_rating is None:
-        return len(ratings)
-    return sum(1 for each in ratings if isinstance(each, int | float) and each >= wanted.min_rating)
+    where = "subject >= ? AND subject < ? AND type = 'feedback.received' AND seq <= ?"
+    values: list[Any] = [f"{subscriber.model}@", f"{subscriber.model}A", event.seq]
+    if wanted.since_last_run:
+        where, values = f"{where} AND time > ?", [*values, last_run]
+    if wanted.min_rating is not None:
+        where, values = f"{where} AND rating >= ?", [*values, wanted.min_rating]
+    return _count(store, where, values, at_most=wanted.count if wanted.since_last_run else None)
+
+
+def _count(store: Store, where: str, values: list[Any], at_most: int | None) -> int:
+    """How many events; no more than `at_most` are looked at, because more do not change a decision."""
+    limit, values = ("", values) if at_most is None else (" LIMIT ?", [*values, at_most])
+    row = store.first(f"SELECT count(*) AS n FROM (SELECT 1 AS one FROM events WHERE {where}{limit}) AS found", values)
+    return int(row["n"]) if row else 0
 
 
 def _chain(store: Store, event: Event) -> tuple[str, ...]:
     """Recipes whose runs led to the event, the first first."""
-    return tuple(
-        str(each.data["recipe"])
-        for each in reversed([event, *causes(store, event)])
-        if each.type == "run.submitted" and "recipe" in each.data
-    )
+    submitted = [each for each in reversed([event, *causes(store, event)]) if each.type == "run.submitted"]
+    # A run's id begins with its recipe's name, which is still there when the event's data have been pruned.
+    return tuple(str(each.data.get("recipe") or each.subject.rpartition("-")[0]) for each in submitted)

@@ -79,6 +79,9 @@ TYPES: dict[str, EventType] = {
         {"version": TEXT, "from": OPTIONAL_TEXT, "route": TEXT, "seconds": {"type": "object"},
          "parity": {"type": "object"}, "since_promotion": NUMBER},
     ),
+    "store.pruned": EventType(
+        "what had had its time was deleted", "none", {"by": TEXT, "bytes": WHOLE, "counts": {"type": "object"}}
+    ),
     "adapter.refused": EventType(
         "the server would not serve the version", "model@N", {"reason": TEXT},
         {"place": TEXT, "parity": {"type": "object"}},

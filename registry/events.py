@@ -15,17 +15,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from registry.errors import StoreError
+from registry.migrations import rating_of
 from registry.store import Connection, Store, dump
 
 RUNS = "ft/runs"
-# Events in one statement: each is seven values, and Postgres takes 65,535 of them.
+# Events in one statement: each is eight values, and Postgres takes 65,535 of them.
 TOGETHER = 100
-ROW = "(?,?,?,?,?,?,?)"
+ROW = "(?,?,?,?,?,?,?,?)"
+COLUMNS = "source, id, type, subject, time, data, cause, rating"
+FEEDBACK = "feedback.received"
 
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the log. `cause` is the `ref` of the event that led to it, if any."""
+    """One line of the log. `cause` is the `ref` of the event that led to it, if any.
+
+    One that was `pruned` has no data any more; all else of it stays, so that it is never accepted again.
+    """
 
     source: str
     id: str
@@ -35,6 +42,7 @@ class Event:
     data: dict[str, Any]
     cause: str | None = None
     seq: int = 0
+    pruned: bool = False
 
     @property
     def ref(self) -> str:
@@ -42,12 +50,12 @@ class Event:
         return f"{self.source} {self.id}"
 
     def as_dict(self) -> dict[str, Any]:
-        """As CloudEvents JSON, with `ftcause` and `ftseq` as extensions."""
+        """As CloudEvents JSON, with `ftcause`, `ftseq` and `ftpruned` as extensions."""
         when = datetime.fromtimestamp(self.time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         found = {
             "specversion": "1.0", "id": self.id, "source": self.source, "type": self.type, "subject": self.subject,
             "time": when, "datacontenttype": "application/json", "data": self.data, "ftcause": self.cause,
-            "ftseq": self.seq,
+            "ftseq": self.seq, "ftpruned": self.pruned or None,
         }  # fmt: skip
         return {name: value for name, value in found.items() if value not in (None, "")}
 
@@ -72,11 +80,14 @@ def append(store: Store, event: Event) -> bool:
 
 def append_within(connection: Connection, event: Event) -> bool:
     """The same inside a transaction of the caller's, so that a change and its event commit together."""
-    done = connection.execute(
-        f"INSERT INTO events (source, id, type, subject, time, data, cause) VALUES {ROW} ON CONFLICT DO NOTHING",
-        _values(event),
-    )
+    done = connection.execute(f"INSERT INTO events ({COLUMNS}) VALUES {ROW} ON CONFLICT DO NOTHING", values_of(event))
     return done.rowcount == 1
+
+
+def values_of(event: Event) -> tuple[Any, ...]:
+    """Its row, without the number: source, id, type, subject, time, data, cause, rating."""
+    rating = rating_of(event.data) if event.type == FEEDBACK else None
+    return (event.source, event.id, event.type, event.subject, event.time, dump(event.data), event.cause, rating)
 
 
 def append_all(store: Store, events: Sequence[Event]) -> list[bool]:
@@ -89,9 +100,9 @@ def _append_all_within(connection: Connection, events: Sequence[Event]) -> Itera
     for start in range(0, len(events), TOGETHER):
         part = events[start : start + TOGETHER]
         rows = connection.execute(
-            f"INSERT INTO events (source, id, type, subject, time, data, cause) VALUES {', '.join([ROW] * len(part))} "
+            f"INSERT INTO events ({COLUMNS}) VALUES {', '.join([ROW] * len(part))} "
             "ON CONFLICT DO NOTHING RETURNING source, id",
-            [value for each in part for value in _values(each)],
+            [value for each in part for value in values_of(each)],
         )
         new = {(row["source"], row["id"]) for row in rows}
         for each in part:
@@ -127,13 +138,12 @@ def at(store: Store, seq: str) -> list[Event]:
 def causes(store: Store, event: Event) -> list[Event]:
     """What led to the event: its cause, the cause of that, and so on to the first of all."""
     found: list[Event] = []
-    while event.cause and event.ref not in {each.ref for each in found[:-1]}:
-        source, _, id_ = event.cause.partition(" ")
-        row = store.first("SELECT * FROM events WHERE source = ? AND id = ?", (source, id_))
-        if row is None:
-            break
-        event = _event(row)
-        found.append(event)
+    passed = {event.ref}
+    cause = _named(store, event.cause)
+    while cause and cause.ref not in passed:  # who posts from outside could make a circle
+        found.append(cause)
+        passed.add(cause.ref)
+        cause = _named(store, cause.cause)
     return found
 
 
@@ -171,9 +181,28 @@ def _where(type_: str, subject: str) -> tuple[str, list[str]]:
     ]
 
 
-def _values(event: Event) -> tuple[Any, ...]:
-    return (event.source, event.id, event.type, event.subject, event.time, dump(event.data), event.cause)
+def _named(store: Store, ref: str | None) -> Event | None:
+    """The event of that `ref`, if the log has it."""
+    source, _, id_ = (ref or "").partition(" ")
+    row = store.first("SELECT * FROM events WHERE source = ? AND id = ?", (source, id_)) if id_ else None
+    return _event(row) if row else None
 
 
-def _event(row: Any) -> Event:
-    return Event(**{**row, "data": json.loads(row["data"])})
+def _event(row: dict[str, Any]) -> Event:
+    known = {name: value for name, value in row.items() if name != "rating"}
+    return Event(**{**known, "data": _data(row), "pruned": bool(row["pruned"])})
+
+
+def _data(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        data = json.loads(row["data"])
+    except ValueError as error:
+        raise _damaged(row, f"its data are not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise _damaged(row, "its data are no JSON object")
+    return data
+
+
+def _damaged(row: dict[str, Any], why: str) -> StoreError:
+    fix = f"put back what was there, or empty it: UPDATE events SET data = '{{}}', pruned = 1 WHERE seq = {row['seq']}"
+    return StoreError(f"event {row['seq']} ({row['source']} {row['id']}) is damaged: {why}", place="events", fix=fix)

@@ -6,6 +6,23 @@ Written for SQLite and Postgres alike: `REAL`, `INTEGER` and `INTEGER PRIMARY KE
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from typing import Any
+
+# What was pruned stays known: of events all but their data, of runs that there was one. Feedback is counted by SQL.
+PRUNED = """
+    ALTER TABLE events ADD COLUMN pruned INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE events ADD COLUMN rating REAL;
+    CREATE INDEX feedback_by_subject ON events (subject, time, rating, seq) WHERE type = 'feedback.received';
+    ALTER TABLE runs ADD COLUMN pruned REAL;
+    ALTER TABLE versions ADD COLUMN pruned REAL;
+    CREATE TABLE pruned_runs (
+        id TEXT PRIMARY KEY, recipe TEXT NOT NULL, model TEXT NOT NULL, state TEXT NOT NULL,
+        created REAL NOT NULL, pruned REAL NOT NULL, forgotten INTEGER NOT NULL DEFAULT 0);
+    CREATE INDEX runs_to_tell_of ON runs (state) WHERE state IN ('failed', 'cancelled') AND told IS DISTINCT FROM state;
+    """
+
 MIGRATIONS = [
     """
     CREATE TABLE runs (
@@ -87,4 +104,28 @@ MIGRATIONS = [
         id INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, version INTEGER, reason TEXT NOT NULL,
         created REAL NOT NULL, told INTEGER NOT NULL DEFAULT 0);
     """,
+    PRUNED,
 ]
+
+
+def rating_of(data: Any) -> float | None:
+    """The rating in a feedback event's data, if it is a number."""
+    rating = data.get("rating") if isinstance(data, dict) else None
+    return float(rating) if isinstance(rating, int | float) and not isinstance(rating, bool) else None
+
+
+def _fill_ratings(connection: Any) -> None:
+    rows = list(connection.execute("SELECT seq, data FROM events WHERE type = 'feedback.received'"))
+    values = [(_rating_in(row["data"]), row["seq"]) for row in rows]
+    connection.executemany("UPDATE events SET rating = ? WHERE seq = ?", values)
+
+
+def _rating_in(text: str) -> float | None:
+    try:
+        return rating_of(json.loads(text))
+    except ValueError:  # damaged by hand: reading that event says so
+        return None
+
+
+# What SQL for both databases cannot say, done in the same transaction as its script.
+AFTERWARDS: dict[str, Callable[[Any], None]] = {PRUNED: _fill_ratings}

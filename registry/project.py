@@ -91,7 +91,7 @@ def user_name() -> str:
 
 def cache_folder() -> Path:
     """Base models, environments and card locks, shared by all projects (`$FT_CACHE`)."""
-    return Path(os.environ.get("FT_CACHE") or Path.home() / ".cache" / "ft").expanduser().resolve()
+    return _expanded("FT_CACHE", os.environ.get("FT_CACHE") or "~/.cache/ft").resolve()
 
 
 def _is_file(path: Path) -> bool:
@@ -103,7 +103,14 @@ def _is_file(path: Path) -> bool:
 
 def _home(root: Path) -> Path:
     named = os.environ.get("FT_HOME")
-    return (root / Path(named).expanduser()).resolve() if named else root / ".ft"
+    return (root / _expanded("FT_HOME", named)).resolve() if named else root / ".ft"
+
+
+def _expanded(variable: str, path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~nobody, or a person without a home folder
+        raise WrongInput("there is no such home folder", place=f"{variable}={path}", fix="give a whole path") from None
 
 
 def load_dotenv(start: Path) -> None:

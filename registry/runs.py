@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from registry.errors import Conflict, FtError, NotFound
@@ -18,13 +19,15 @@ from registry.store import Connection, Store, dump
 
 State = Literal["submitted", "running", "succeeded", "refused", "failed", "cancelled"]
 ACTIVE = ("submitted", "running")
+MANY = 100
 
 
 @dataclass(frozen=True)
 class Run:
     """One durable execution of a recipe.
 
-    State `refused` means that the gate did not let its version through; `told` is the end that MLflow was told of.
+    State `refused` means that the gate did not let its version through; `told` is the end that MLflow was told of;
+    `pruned` is when its job folder was deleted.
     """
 
     id: str
@@ -42,6 +45,7 @@ class Run:
     error: dict[str, Any] | None
     result: dict[str, Any]
     told: str | None
+    pruned: float | None = None
 
     @property
     def active(self) -> bool:
@@ -100,23 +104,23 @@ def submit_within(
 
 def get(store: Store, run_id: str) -> Run:
     """The run of that id, or of the one id that begins so. Raises NotFound."""
-    rows = store.read("SELECT * FROM runs WHERE id = ?", (run_id,)) or store.read(
-        "SELECT * FROM runs WHERE substr(id, 1, ?) = ?", (len(run_id), run_id)
-    )
+    rows = store.read("SELECT * FROM runs WHERE id = ?", (run_id,)) or _beginning_with(store, run_id)
     if len(rows) == 1:
         return _run(rows[0])
-    what = f"no run '{run_id}'" if not rows else f"'{run_id}' is the beginning of {len(rows)} runs"
-    raise NotFound(what, fix="`ft runs` lists them")
+    if rows:
+        what = f"'{run_id}' is the beginning of {'many' if len(rows) == MANY else len(rows)} runs"
+        raise NotFound(what, fix="`ft runs` lists them")
+    _refuse_pruned(store, run_id)
+    raise NotFound(f"no run '{run_id}'", fix="`ft runs` lists them")
 
 
 def listed(store: Store, *, limit: int = 20, active: bool = False, recipe: str = "") -> list[Run]:
     """Runs, the newest first."""
-    rows = store.read(
-        "SELECT * FROM runs WHERE (? = 0 OR state IN ('submitted', 'running')) AND (? = '' OR recipe = ?) "
-        "ORDER BY created DESC LIMIT ?",
-        (int(active), recipe, recipe, limit),
-    )
-    return [_run(row) for row in rows]
+    # Only the conditions that are given: with one for each case in the statement no index would be used.
+    given = [*(["state IN ('submitted', 'running')"] if active else []), *(["recipe = ?"] if recipe else [])]
+    where = f"WHERE {' AND '.join(given)} " if given else ""
+    values = (*([recipe] if recipe else []), limit)
+    return [_run(row) for row in store.read(f"SELECT * FROM runs {where}ORDER BY created DESC LIMIT ?", values)]
 
 
 def earlier_active(store: Store, run: Run) -> list[str]:
@@ -234,6 +238,24 @@ def _set_stage_within(connection: Connection, run_id: str, stage: str) -> None:
         "WHERE id = ? AND state IN ('submitted', 'running')",
         (stage, time.time(), run_id),
     )
+
+
+def _beginning_with(store: Store, beginning: str) -> list[dict[str, Any]]:
+    """Ids are ASCII, so all that begin so lie between it and the same with the highest character behind it."""
+    if not beginning:
+        return []
+    return store.read(
+        "SELECT * FROM runs WHERE id >= ? AND id < ? ORDER BY id LIMIT ?", (beginning, f"{beginning}\U0010ffff", MANY)
+    )
+
+
+def _refuse_pruned(store: Store, run_id: str) -> None:
+    row = store.first("SELECT * FROM pruned_runs WHERE id = ?", (run_id,))
+    if row:
+        when = datetime.fromtimestamp(row["pruned"]).strftime("%Y-%m-%d")
+        raise NotFound(
+            f"run {run_id} ({row['state']}) was pruned on {when}", fix=f"`ft events why {run_id}` tells of it"
+        )
 
 
 def _run(row: dict[str, Any]) -> Run:

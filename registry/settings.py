@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +17,7 @@ from pydantic_settings import (
 
 from registry.errors import WrongInput
 from registry.project import Project
+from registry.retention import Keep
 from registry.sinks import Sink, masked
 
 SECRETS = ("key", "token", "secret", "password")
@@ -40,6 +42,7 @@ class Settings(BaseSettings):
     receiver_max_body: int = Field(1 << 20, ge=1024, le=64 << 20, description="Longest body it takes, in bytes")
     github_secret: str = Field("", description="The secret of GitHub's webhooks; without one they are refused")
     mlflow_webhook_secret: str = Field("", description="The secret of MLflow's webhooks; without one they are refused")
+    keep: Keep = Field(Keep(), description="What `ft prune` deletes, and when: docs/retention.md")
     internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
 
     sinks: tuple[Sink, ...] = Field((), description="Where news goes as it happens: webhooks, chats (docs/triggers.md)")
@@ -67,6 +70,7 @@ class Settings(BaseSettings):
 def load_settings(project: Project) -> Settings:
     """What is in force for the project. Raises WrongInput with every wrong value."""
     path = project.root / "ft.yaml"
+    _written(path)
 
     class _Here(Settings):
         model_config = SettingsConfigDict(**{**Settings.model_config, "yaml_file": path})
@@ -79,8 +83,8 @@ def load_settings(project: Project) -> Settings:
             place=f"{path} or FT_* variables",
             fix="`ft doctor` lists all settings",
         ) from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise WrongInput(f"not valid YAML settings: {error}", place=str(path)) from error
+    except (ValueError, TypeError) as error:
+        raise WrongInput(f"not valid settings: {error}", place=f"{path} or FT_* variables") from error
 
 
 def _said(error: Any) -> str:
@@ -92,8 +96,7 @@ def _said(error: Any) -> str:
 
 def sources(project: Project) -> dict[str, tuple[Any, str]]:
     """Each setting's value and where it comes from, secrets masked."""
-    settings, path = load_settings(project), project.root / "ft.yaml"
-    written = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    settings, written = load_settings(project), _written(project.root / "ft.yaml")
     found: dict[str, tuple[Any, str]] = {}
     for name, value in settings:
         origin = (
@@ -111,4 +114,22 @@ def is_secret(name: str) -> bool:
 def _shown(name: str, value: Any) -> Any:
     if name == "sinks":
         return [f"{each.name}: {masked(each.url) if each.url else each.url_env}" for each in value]
+    if isinstance(value, Keep):
+        return value.model_dump()
     return "***" if is_secret(name) and value else value
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What ft.yaml says; WrongInput if it is no YAML, or no mapping."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8-sig")) if path.exists() else None
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise WrongInput(
+            f"cannot be read: {error}", place=str(path), fix="write lines like `gateway_port: 8100`"
+        ) from error
+    if found is not None and not isinstance(found, dict):
+        raise WrongInput(
+            f"is no mapping of settings but {type(found).__name__}", place=str(path),
+            fix="write lines like `gateway_port: 8100`; `ft doctor` lists all settings",
+        )  # fmt: skip
+    return found or {}

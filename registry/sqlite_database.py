@@ -16,6 +16,7 @@ from registry.file_locks import alone
 
 BUSY_SECONDS = 30
 KEPT = 4
+PAGES_AT_ONCE = 2000  # 8 MB, some 20 ms in which others cannot write
 
 
 class SqliteDatabase:
@@ -73,6 +74,7 @@ class SqliteDatabase:
         if number == 0 and not connection.in_transaction:
             # Two that turn a new file to WAL at once block each other, and SQLite refuses one of them without waiting.
             with alone(self.path.with_name(f"{self.path.name}.new")):
+                connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file only, so it comes first
                 connection.execute("PRAGMA journal_mode=WAL")
         return number
 
@@ -83,6 +85,20 @@ class SqliteDatabase:
 
     def changes(self) -> SqliteChanges:
         return SqliteChanges(self.path)
+
+    def give_back(self, *, whole: bool = False) -> None:
+        """In a file of an older ft only `whole` gives anything back: it writes the file anew, for the last time."""
+        with self.connected() as connection:
+            if whole:
+                connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+                connection.execute("VACUUM")
+                return
+            free = _free_pages(connection)
+            while free:
+                connection.execute(f"PRAGMA incremental_vacuum({PAGES_AT_ONCE})").fetchall()
+                before, free = free, _free_pages(connection)
+                if free >= before:  # a file that was made without it
+                    return
 
 
 class SqliteChanges:
@@ -109,9 +125,15 @@ class SqliteChanges:
             raise _unusable(self._path, error) from error
 
 
+def _free_pages(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+
+
 def _unusable(path: Path, error: sqlite3.Error) -> StoreError:
     damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
     fix = "free disk space or close what holds the file, then try again (`ft doctor` shows both)"
     if damaged:
         fix = "put a backup in its place; without one move it away, and MLflow and .ft/adapters still have the versions"
+    elif "locked" in str(error):
+        fix = f"another process has kept it for {BUSY_SECONDS} s: let it end (`fuser {path}` names it), then try again"
     return StoreError(f"the project's database cannot be used: {error}", place=str(path), fix=fix)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from registry.errors import StoreError
-from registry.migrations import MIGRATIONS
+from registry.migrations import AFTERWARDS, MIGRATIONS
 from registry.postgres_database import PostgresDatabase
 from registry.project import Project
 from registry.sqlite_database import SqliteDatabase
@@ -69,6 +69,10 @@ class Database(Protocol):
     def migrate(self, connection: Connection, number: int, script: str) -> None: ...
 
     def changes(self) -> Changes: ...
+
+    def give_back(self, *, whole: bool = False) -> None:
+        """Let the file system have what was deleted, in short steps; `whole`: all of it, with writers kept out."""
+        ...
 
 
 class Store:
@@ -132,6 +136,8 @@ def _migrate(store: Store) -> None:
         version = store.database.version(connection)
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             store.database.migrate(connection, number, script)
+            if script in AFTERWARDS:
+                AFTERWARDS[script](connection)
 
 
 def dump(value: Any) -> str:

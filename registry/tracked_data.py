@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +16,8 @@ import yaml
 
 from registry.errors import DataError
 from registry.project import Project
+
+UNSETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,23 @@ def is_stage_output(root: Path, path: str) -> bool:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping, parsed again only when it has changed: a worker looks every two seconds."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = path.stat()
+    except OSError:
+        return {}
+    if not stat.S_ISREG(found.st_mode):
+        return {}
+    # Written so lately, a second change could leave time and size as they are: a hash is as long as another.
+    settled = time.time() - found.st_mtime > UNSETTLED_SECONDS
+    stamp = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+    return _parsed(path, stamp) if settled else _parsed.__wrapped__(path, stamp)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(path: Path, _stamp: tuple[int, ...]) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError("not valid YAML, so DVC's records cannot be read", place=str(path)) from error
     return loaded if isinstance(loaded, dict) else {}

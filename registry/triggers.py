@@ -205,9 +205,13 @@ def fits(match: Match, event: Event) -> bool:
 def due(line: str, zone: str, after: float, now: float) -> float | None:
     """The last time up to `now` at which the cron line fires, if that is later than `after`; Unix seconds.
 
-    Of the times that were missed only the last is made up for.
+    Of the times that were missed only the last is made up for. In the hour that a clock repeats in autumn a line that
+    names its hours fires once, and one with `*` for them goes on; what falls into the hour that is left out in spring
+    fires at its end.
     """
     last = croniter(line, datetime.fromtimestamp(now, ZoneInfo(zone))).get_prev(float)
+    if not line.split()[1].startswith("*"):
+        last = datetime.fromtimestamp(last, ZoneInfo(zone)).replace(fold=0).timestamp()
     return float(last) if last > after else None
 
 

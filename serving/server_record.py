@@ -24,7 +24,7 @@ from serving.server_keys import forget_keys
 from serving.vllm_process import EngineConfig
 
 ROW = "server"
-STALE_SECONDS = 30.0
+STALE_SECONDS, DAY = 30.0, 86400.0
 # How a server that ends by an error says so in the last line of its log.
 ERROR_LINE = "error: "
 
@@ -83,6 +83,14 @@ def last_words(store: Store) -> ServerStatus | None:
     """The last heartbeat, of a dead server too."""
     row = store.first("SELECT * FROM servers WHERE id = ?", (ROW,))
     return ServerStatus(**json.loads(row["body"]), started=row["started"], heartbeat=row["heartbeat"]) if row else None
+
+
+def loaded_lately(store: Store, now: float) -> set[str]:
+    """Names of the versions that a server had or answered with within a day, be it heard of at this moment or not."""
+    found = [
+        json.loads(row["body"]) for row in store.read("SELECT body FROM servers WHERE heartbeat > ?", (now - DAY,))
+    ]
+    return {name for each in found for name in [*each.get("loaded", []), *each.get("routes", {}).values()]}
 
 
 def write_status(store: Store, status: ServerStatus) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from jobs.evaluation.ask_rows import Answer, Patience, Progress, ask_rows
 from jobs.evaluation.metrics import as_label, mark, schema_validator
 from jobs.evaluation.prompts import PROMPT_VERSION, spell_out
-from registry.adapters import Version, aliases, get_version
+from registry.adapters import Version, aliases, get_version, refuse_pruned
 from registry.admission import RANKS, admit
 from registry.base_models import BaseModel
 from registry.chat_data import Row, load_rows
@@ -47,6 +47,7 @@ class Subject:
 
     @classmethod
     def of(cls, project: Project, role: str, version: Version) -> Subject:
+        refuse_pruned(version.model, version.version, version.pruned)
         digest = manifest_digest(project.home / version.folder)
         base = str(version.body["base"]["digest"])
         return cls(role, version.name, digest, base, version.version, version.folder, int(version.body["rank"]))

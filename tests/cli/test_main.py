@@ -199,3 +199,63 @@ def test_recipes_are_checked_together(project: Project) -> None:
 def test_runs_of_an_empty_project(project: Project) -> None:
     assert json.loads(ft("runs", "--json", cwd=project.root).stdout) == []
     assert ft("runs", cwd=project.root).returncode == 0
+
+
+WRONG_SURROUNDINGS: list[tuple[list[str], dict[str, str], str]] = [
+    (["runs"], {"FT_HOME": "~nosuchuser/x"}, "FT_HOME=~nosuchuser/x: there is no such home folder"),
+    (["runs"], {"FT_CACHE": "~nosuchuser"}, "FT_CACHE=~nosuchuser: there is no such home folder"),
+    (["init", "/proc/foo"], {}, "/proc/foo: cannot be made"),
+    (["data", "add", "a.dvc", "a.csv"], {}, "'a.dvc' is the name of one of DVC's records"),
+    (["data", "add", "a", "a.csv", "--prompt", "q", "--answer", "a"], {}, "a.csv: not text: line 2 has a zero byte"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "env", "said"), WRONG_SURROUNDINGS)
+def test_wrong_surroundings_get_one_clear_line(
+    project: Project, arguments: list[str], env: dict[str, str], said: str
+) -> None:
+    (project.root / "a.csv").write_bytes(b"q,a\nx\0y,z\n")
+    done = ft(*arguments, cwd=project.root, **env)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert "defect" not in done.stderr
+
+
+def test_doctor_says_what_is_wrong_and_goes_on(project: Project) -> None:
+    done = ft("doctor", "--json", cwd=project.root, FT_CACHE="/proc/y")
+    findings = {each["subject"]: each for each in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, findings["cards"]["state"]) == (1, "missing")
+    assert "FT_CACHE" in findings["cards"]["fix"]
+    assert "worker" in findings
+
+
+@pytest.mark.parametrize("text", ["- a", "just text", "[", "7"])
+def test_settings_that_are_no_mapping_are_refused(project: Project, text: str) -> None:
+    (project.root / "ft.yaml").write_text(text)
+    for command in ("doctor", "prune"):
+        done = ft(command, cwd=project.root)
+        assert (done.returncode, "ft.yaml" in done.stderr, "gateway_port: 8100" in done.stderr) == (2, True, True)
+
+
+def test_a_reader_that_goes_away_is_no_failure(project: Project) -> None:
+    command = f"{sys.executable} -m cli.main events types --json | head -1; exit ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        done = run_bounded(["bash", "-c", command], 60, cwd=project.root)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_prune_asks_before_it_deletes(project: Project) -> None:
+    shown = ft("prune", cwd=project.root)
+    assert (shown.returncode, shown.stdout) == (0, "nothing has had its time\n")
+    logs = project.home / "logs"
+    logs.mkdir()
+    (logs / "old.log").write_text("x" * 2000)
+    os.utime(logs / "old.log", (1, 1))
+    refused = ft("prune", cwd=project.root)
+    assert (refused.returncode, "add --yes to do it" in refused.stderr) == (2, True)
+    looked = json.loads(ft("prune", "--dry-run", "--json", cwd=project.root).stdout)
+    assert looked == {"done": False, "bytes": 2000, "logs": {"number": 1, "bytes": 2000}}
+    assert (logs / "old.log").stat().st_size == 2000
+    done = json.loads(ft("prune", "--yes", "--json", "--vacuum", cwd=project.root).stdout)
+    assert done == {"done": True, "bytes": 2000, "logs": {"number": 1, "bytes": 2000}}
+    assert (logs / "old.log").stat().st_size == 0

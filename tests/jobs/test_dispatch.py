@@ -313,3 +313,61 @@ def test_several_dispatchers_at_once_start_each_run_once(project: Project, store
     assert [each.wait(120) for each in several] == [0, 0, 0]
     assert {run.id for run in runs.listed(store, limit=99)} == {run_id_of("m", each) for each in events[:2]}
     assert [len(decisions_on(store, each)) for each in events] == [1] * 30
+
+
+def test_what_passes_a_broken_recipe_is_written_down(project: Project, store: Store) -> None:
+    path = write_recipe(project, "m", **ON)
+    dispatcher = Dispatcher(project, store)
+    post(store, "e0")
+    dispatcher.work()
+    right = path.read_text()
+    for number, text in enumerate((right.replace("kind:", "knid:"), right + "\n: [", "on: {event: 3}\n"), start=1):
+        path.write_text(text)
+        heard, other = post(store, f"e{number}"), post(store, f"o{number}", "run.other")
+        dispatcher.work()
+        [said] = decisions_on(store, heard)
+        assert (said.recipe, said.fired, "was broken when the event passed" in said.reason) == ("m", False, True)
+        assert decisions_on(store, other) == [], "it had no trigger for that"
+    path.write_text(right.replace("'on'", "off"))
+    Dispatcher(project, store).work()
+    silent = post(store, "e9")
+    Dispatcher(project, store).work()
+    assert decisions_on(store, silent) == [], "nothing says that it has triggers"
+
+
+def test_of_a_recipe_that_was_never_right_any_event_may_be_one(project: Project, store: Store) -> None:
+    write_recipe(project, "good", **ON)
+    (project.root / "recipes" / "bad.yaml").write_text("on:\n  event: [\n")
+    (project.root / "recipes" / "good2.yaml").write_text(
+        "name: good\nkind: nothing\non: {event: [{type: external.*}]}\n"
+    )
+    event = post(store, "e1")
+    work(project, store)
+    assert [(each.recipe, each.fired) for each in decisions_on(store, event)] == [("bad", False), ("good", True)]
+
+
+def test_a_record_is_read_again_when_it_has_changed(project: Project, store: Store) -> None:
+    write_recipe(project, "m", dataset=True)
+    record = project.root / "datasets" / "tickets.dvc"
+    for digit in "1123":
+        write_dataset(project, digit)
+        long_ago = time.time() - 100
+        os.utime(record, (long_ago, long_ago))  # the same time and size each time, as a fast disk may have it
+        work(project, store)
+    assert [each.data["hash"][0] for each in read(store, type_="dataset.versioned")] == ["2", "3"]
+
+
+def test_a_clock_that_was_wrong_stops_no_trigger(project: Project, store: Store) -> None:
+    write_recipe(project, "m", **ON, schedule=["* * * * *"], cooldown="1h", max_runs_per_day=1)
+    future = time.time() + 400 * 86400
+    first = post(store, "e1")
+    work(project, store)
+    end_runs(store)
+    with store.writing() as connection:
+        connection.execute("UPDATE runs SET created = ?", (future,))
+        connection.execute("UPDATE seen SET value = ? WHERE kind = 'schedule'", (str(future),))
+    second = post(store, "e2")
+    work(project, store)
+    assert started(store) == [run_id_of("m", second), run_id_of("m", first)]
+    [row] = store.read("SELECT value FROM seen WHERE kind = 'schedule'")
+    assert float(row["value"]) <= time.time()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
 
 from jobs.worker_process import close_gate, submitting, take_worker_lock, worker_is_on, worker_log_tail, worker_pid
+from registry.errors import StoreError
+from registry.events import append, new_event
 from registry.project import Project
+from registry.store import Store
 from tests.conftest import all_at_once, run_bounded, started
 
 WORK = """
@@ -102,3 +108,28 @@ def test_the_logs_tail(project: Project) -> None:
     project.logs.mkdir(parents=True)
     (project.logs / "worker.log").write_bytes(b"a\nb\xff\nc\n")
     assert worker_log_tail(project, lines=2) == "b\ufffd\nc"
+
+
+@pytest.mark.timeout(300)
+def test_a_locked_database_is_told_of_and_the_worker_goes_on_afterwards(project: Project, store: Store) -> None:
+    """One process keeps the write lock longer than others wait for it."""
+    recipe = {"kind": "finetune", "base": "org/base", "data": {"path": "datasets/x"}, "evaluate": {"task": "label"},
+              "on": {"event": [{"type": "external.*"}], "dry_run": True}}  # fmt: skip
+    (project.root / "recipes" / "m.yaml").write_text(json.dumps(recipe))
+    append(store, new_event("test", "external.go", "", {}))
+    holding = sqlite3.connect(project.database, isolation_level=None)
+    holding.execute("BEGIN IMMEDIATE")
+    with started([sys.executable, "-m", "jobs.worker"], cwd=project.root, stderr=subprocess.STDOUT) as worker:
+        with pytest.raises(StoreError, match="database is locked") as caught:
+            append(store, new_event("test", "external.go", "", {}))
+        assert "another process has kept it for 30 s" in caught.value.fix
+        said = ""
+        while "database is locked" not in said:
+            said = (worker.stdout.readline() if worker.stdout else "") or pytest.fail("the worker ended")
+        holding.execute("ROLLBACK")
+        deadline = time.monotonic() + 60
+        while not store.read("SELECT 1 AS one FROM decisions"):
+            assert time.monotonic() < deadline, "the worker did not go on"
+            time.sleep(0.1)
+        assert worker.poll() is None
+    holding.close()

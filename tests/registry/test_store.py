@@ -18,6 +18,7 @@ import pytest
 from registry.errors import StoreError
 from registry.migrations import MIGRATIONS
 from registry.project import Project
+from registry.sqlite_database import SqliteDatabase
 from registry.store import Store, dump, open_store
 from tests.conftest import all_at_once, run_bounded
 
@@ -130,9 +131,10 @@ def test_a_state_folder_that_cannot_be_made(project: Project) -> None:
 
 def test_a_database_that_may_only_be_read(shared_folder: Path) -> None:
     project = Project(shared_folder, shared_folder / ".ft", shared_folder)
-    store = open_store(project)
+    open_store(project)
     project.home.chmod(0o555)
-    Path(store.database.place).chmod(0o444)
+    project.database.chmod(0o444)
+    store = Store(SqliteDatabase(project.database), project.home)
     was_root = os.geteuid() == 0
     if was_root:
         os.seteuid(NOBODY)  # root may write to anything

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from pydantic import ValidationError
@@ -161,3 +162,42 @@ def test_of_the_times_that_were_missed_the_last_is_made_up_for() -> None:
     assert due("0 3 * * *", "UTC", at(18, 3), at(21, 4)) == at(21, 3)
     assert due("0 3 * * *", "Asia/Seoul", at(20, 12), at(20, 19)) == at(20, 18)
     assert due("0 3 * * *", "UTC", at(21, 3), at(19, 4)) is None  # the clock was set back
+
+
+def fired(line: str, zone: str, first: datetime, hours: int) -> list[str]:
+    """The local times at which a worker that looks every minute finds the line due."""
+    after = first.timestamp()
+    found = []
+    for minute in range(hours * 60 + 1):
+        moment = due(line, zone, after, first.timestamp() + 60 * minute)
+        if moment:
+            found.append(datetime.fromtimestamp(moment, ZoneInfo(zone)).strftime("%H:%M %Z"))
+            after = moment
+    return found
+
+
+AUTUMN, SPRING = datetime(2026, 11, 1, 4, 1, tzinfo=UTC), datetime(2026, 3, 8, 5, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("line", "first", "found"),
+    [
+        ("30 1 * * *", AUTUMN, ["01:30 EDT"]),
+        ("0 1,2 * * *", AUTUMN, ["01:00 EDT", "02:00 EST"]),
+        ("0 2 * * *", AUTUMN, ["02:00 EST"]),
+        ("30 * * * *", AUTUMN, ["00:30 EDT", "01:30 EDT", "01:30 EST", "02:30 EST"]),
+        ("30 2 * * *", SPRING, ["03:00 EDT"]),
+        ("0 3 * * *", SPRING, ["03:00 EDT"]),
+        ("30 1,3 * * *", SPRING, ["01:30 EST", "03:30 EDT"]),
+        ("30 * * * *", SPRING, ["00:30 EST", "01:30 EST", "03:30 EDT", "04:30 EDT"]),
+    ],
+)
+def test_a_clock_that_is_changed_makes_no_line_fire_twice(line: str, first: datetime, found: list[str]) -> None:
+    assert fired(line, "America/New_York", first, 4) == found
+
+
+def test_what_was_missed_in_the_repeated_hour_is_made_up_for_once() -> None:
+    late = datetime(2026, 11, 1, 6, 45, tzinfo=UTC).timestamp()
+    began = datetime(2026, 11, 1, 5, 30, tzinfo=UTC).timestamp()
+    assert due("30 1 * * *", "America/New_York", AUTUMN.timestamp(), late) == began
+    assert due("30 1 * * *", "America/New_York", began, late) is None
