@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sqlite3
@@ -132,6 +133,7 @@ def test_a_state_folder_that_cannot_be_made(project: Project) -> None:
 def test_a_database_that_may_only_be_read(shared_folder: Path) -> None:
     project = Project(shared_folder, shared_folder / ".ft", shared_folder)
     open_store(project)
+    gc.collect()  # a file that this process has open would be written to whatever its mode
     project.home.chmod(0o555)
     project.database.chmod(0o444)
     store = Store(SqliteDatabase(project.database), project.home)
