@@ -9,6 +9,7 @@ import pytest
 
 from registry.event_types import check_event
 from registry.events import Event
+from registry.triggers import Subscriber, Triggers, listens
 from serving.github_hooks import LONGEST, MOST_PATHS, check_signature, read_delivery
 from serving.http_messages import Refusal
 
@@ -33,6 +34,13 @@ def test_the_signature_is_githubs() -> None:
         assert refused.value.status == 401
     with pytest.raises(Refusal):
         check_signature(secret, {b"x-hub-signature-256": DOCUMENTED}, body + b" ")
+
+
+def test_a_push_starts_what_waits_for_its_branch() -> None:
+    on = Triggers.model_validate({"event": [{"type": "external.github.push", "where": {"branch": "main"}}]})
+    waiting = Subscriber("tickets", "tickets", "datasets/tickets", on)
+    assert listens(waiting, deliver("push", {"ref": "refs/heads/main", "repository": {"full_name": "a/b"}}))
+    assert not listens(waiting, deliver("push", {"ref": "refs/heads/dev"}))
 
 
 def test_a_tag_has_no_branch() -> None:
