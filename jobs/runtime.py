@@ -55,20 +55,21 @@ def launch(project: Project) -> None:
 def agree(store: Store, let_go: Callable[[str], bool]) -> None:
     """Make DBOS agree with the run rows: enqueue, cancel, resume, and end what DBOS gave up.
 
-    `let_go(run_id)` stops what is still at work for a cancelled run; True when nothing is.
+    `let_go(run_id)` stops what is still at work for a cancelled or paused run; True when nothing is.
     """
     for run in runs.listed(store, active=True, limit=1000):
         status = _status(run.id)
-        if status is None and run.wish == "cancel":
-            runs.finish(store, run.id, "cancelled")
+        stop = run.wish in runs.STOPS
+        if status is None and stop:
+            runs.stopped(store, run)
         elif status is None:
             _enqueue(run.id)
-        elif run.wish == "cancel" and status not in TERMINAL:
+        elif stop and status not in TERMINAL:
             DBOS.cancel_workflow(run.id, cancel_children=True)
-        elif status in TERMINAL and status != "SUCCESS" and run.wish == "cancel":
+        elif status in TERMINAL and status != "SUCCESS" and stop:
             # It may have failed by itself. Over only when the card is really free, not when DBOS says so.
             if let_go(run.id):
-                runs.finish(store, run.id, "cancelled")
+                runs.stopped(store, run)
         elif status in TERMINAL and status != "SUCCESS" and run.wish is None:
             runs.finish(store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id))
     for run in _wishes(store, "resume"):

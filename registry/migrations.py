@@ -63,4 +63,13 @@ MIGRATIONS = [
     CREATE INDEX runs_by_time ON runs (created);
     CREATE INDEX runs_with_wishes ON runs (wish) WHERE wish IS NOT NULL;
     """,
+    # Control of runs: since when one is paused, and what persons said to a verdict.
+    """
+    ALTER TABLE runs ADD COLUMN paused REAL;
+    CREATE TABLE approvals (
+        run_id TEXT NOT NULL, verdict INTEGER NOT NULL, model TEXT NOT NULL, version INTEGER NOT NULL,
+        asked REAL NOT NULL, deadline REAL NOT NULL, answer TEXT, by_whom TEXT, reason TEXT, answered REAL,
+        PRIMARY KEY (run_id, verdict));
+    CREATE INDEX approvals_open ON approvals (asked) WHERE answer IS NULL;
+    """,
 ]
