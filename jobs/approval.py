@@ -24,8 +24,9 @@ async def wait_for_approval(bench: Bench, run_id: str, verdict: State) -> State:
     if asking.answer is None and behind < -JUMP_SECONDS:  # the clock was put back while no worker looked
         asking = approvals.move_deadline(bench.store, asking, behind)
     while asking.answer is None:
-        await bench.outside("approval", asyncio.sleep(LOOK_SECONDS))
+        await asyncio.sleep(LOOK_SECONDS)
         asking = await asyncio.to_thread(_look, bench, asking, clock.jump())
+    bench.note_outside("approval", _waited(asking, seconds(limit)))
     said = {"answer": asking.answer, "by": asking.by_whom, "reason": asking.reason, "at": asking.answered}
     runs.note_result(bench.store, run_id, approval=said)
     return {**verdict, **said, "outcome": "pass" if asking.answer == "approved" else asking.answer}
@@ -60,3 +61,9 @@ def _look(bench: Bench, asking: Approval, jumped: float) -> Approval:
     if time.time() > asking.deadline:
         return approvals.expire(bench.store, asking)
     return approvals.get(bench.store, asking.run_id, asking.verdict)
+
+
+def _waited(answered: Approval, limit: float) -> float:
+    """Seconds from question to answer, whatever workers there were; what the run was paused moved the deadline."""
+    paused = answered.deadline - answered.asked - limit
+    return max(0.0, (answered.answered or answered.asked) - answered.asked - max(0.0, paused))

@@ -43,9 +43,7 @@ def smaller_batch(batch: int, accumulate: int) -> dict[str, int] | None:
 def advice(kind: str, train: dict[str, Any]) -> str:
     """The next step for a person, where a job failed for good."""
     if kind == "out_of_memory" and train["batch"] == 1:
-        return (
-            "train.batch is 1 already: lower train.max_length, quantize to nf4, or take a smaller base or another card"
-        )
+        return "train.batch is 1 already: lower train.max_length, quantize to nf4, or take a smaller base"
     return {
         "bad_data": "change the dataset or the recipe, then `ft run` again",
         "bad_input": "change the dataset or the recipe, then `ft run` again",
