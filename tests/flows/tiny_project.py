@@ -73,7 +73,7 @@ class Tiny:
         """The last step of training that was reported."""
         return max((line.get("step", 0) for line in self.job(run_id).progress()), default=0)
 
-    def until(self, condition: Callable[[], object], run_id: str, seconds: float = 180) -> None:
+    def until(self, condition: Callable[[], object], run_id: str, seconds: float = 90) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, self.told(run_id)
