@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -49,6 +49,15 @@ kills: setup
 	rm -rf .ft/kills
 	$(BIN)/ft init .ft/kills
 	$(BIN)/python -m tests.flows.kills .ft/kills 10 $(or $(SEED),1)
+
+# Figures for docs/measurements.md; on a quiet machine.
+bench-steps: setup ## What a run and a step cost on top of the durable engine
+	$(BIN)/python -m tests.bench.bench_steps
+	BENCH_DATABASE=postgres $(BIN)/python -m tests.bench.bench_steps
+
+bench-latency: setup ## From an event to the first step of its run
+	$(BIN)/python -m tests.bench.bench_latency 200 sqlite
+	$(BIN)/python -m tests.bench.bench_latency 200 postgres
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

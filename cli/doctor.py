@@ -61,6 +61,7 @@ def examine(project: Project) -> Iterator[Finding]:
     yield _data(project)
     yield from _models(project)
     yield _vllm(project)
+    yield _database(project)
     yield _port(project)
     yield _mlflow()
     yield _worker(project)
@@ -151,6 +152,16 @@ def _vllm(project: Project) -> Finding:
         return Finding("vLLM", "ok", f"{package} in {project.envs}")
     fix = "made at the first `ft run` or `ft serve up` (some 3 GB)"
     return Finding("vLLM", "note", f"{package} is not yet in {project.envs}", fix)
+
+
+def _database(project: Project) -> Finding:
+    from registry.errors import FtError
+    from registry.store import open_store
+
+    try:
+        return Finding("database", "ok", open_store(project).database.place)
+    except FtError as error:
+        return Finding("database", "missing", f"{error.place}: {error.what}", error.fix)
 
 
 def _port(project: Project) -> Finding:

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "ask": ("cli.ask", "ask", "Ask a served model"),
     "events": ("cli.events", "app", "What happened, what followed from it, and why"),
     "worker": ("cli.worker", "worker", "Run the worker in the foreground"),
+    "cards": ("cli.cards", "app", "Show all hosts' cards, what runs on them and what waits; pause and resume one"),
     "doctor": ("cli.doctor", "doctor", "Say what is missing on this machine, and what settings are in force"),
 }
 

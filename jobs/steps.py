@@ -18,6 +18,7 @@ from registry.adapters import promotions
 from registry.errors import FtError, StoreError, TimedOut
 from registry.project import Project
 from registry.recipe import Finetune
+from registry.run_control import Timeouts
 from registry.settings import Settings
 from registry.store import Store
 
@@ -96,7 +97,7 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
         @functools.wraps(body)
         async def recorded(run_id: str, *rest: Any) -> State:
             bench = BENCH.fresh()
-            attempt = await through_outage(_begin, bench, run_id, name)
+            attempt = await through_outage(runs.begin_step, bench.store, run_id, name, "step")
             _at_work.add(run_id)
             try:
                 result = await _in_time(bench, run_id, name, lambda: body(bench, run_id, *rest))
@@ -120,9 +121,11 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
 
 
 async def _in_time(bench: Bench, run_id: str, name: str, work: Callable[[], Awaitable[State]]) -> State:
-    # Training is stopped with a checkpoint by who watches it.
+    # Training is stopped with a checkpoint by who watches it; most steps can have no limit.
+    if name == "train" or name not in Timeouts.model_fields:
+        return await repeated(work)
     timeouts = (await through_outage(bench.recipe, run_id)).timeouts
-    limit = timeouts.of(name) if name != "train" else None
+    limit = timeouts.of(name)
     try:
         async with asyncio.timeout(limit) as scope:
             return await repeated(work)
@@ -140,11 +143,6 @@ async def _note_end(bench: Bench, run_id: str, name: str, attempt: int, error: F
         return
     await through_outage(_end, bench, run_id, name, attempt, error.what)
     await through_outage(runs.finish, bench.store, run_id, "failed", error)
-
-
-def _begin(bench: Bench, run_id: str, name: str) -> int:
-    runs.set_stage(bench.store, run_id, name)
-    return runs.begin_step(bench.store, run_id, name, "step")
 
 
 def _end(bench: Bench, run_id: str, name: str, attempt: int, error: str = "") -> None:

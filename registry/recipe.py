@@ -155,7 +155,9 @@ class Finetune(Part):
     retries: Retries = Retries()
     timeouts: Timeouts = Timeouts()
     serve: Serve = Serve()
-    card: Text = Field("auto", description="auto, cpu, or a card as `ft doctor` names it", examples=["auto", "cuda:0"])
+    card: Text = Field(
+        "auto", description="auto, cpu, or a card as `ft cards` names it", examples=["auto", "cuda:0", "desk/cuda-0"]
+    )
     tracking: Tracking = Tracking()
     on: Triggers | None = Field(None, description="Events that start a run; without it a person does")
 

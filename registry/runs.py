@@ -165,14 +165,7 @@ def set_stage(store: Store, run_id: str, stage: str) -> None:
     if store.first("SELECT 1 AS same FROM runs WHERE id = ? AND stage = ? AND state = 'running'", (run_id, stage)):
         return  # said again several times a second: a write each time would wake everybody who waits for changes
     with store.writing() as connection:
-        row = connection.execute("SELECT recipe, started FROM runs WHERE id = ?", (run_id,)).fetchone()
-        done = connection.execute(
-            "UPDATE runs SET state = 'running', stage = ?, started = coalesce(started, ?) "
-            "WHERE id = ? AND state IN ('submitted', 'running')",
-            (stage, time.time(), run_id),
-        )
-        if done.rowcount and row["started"] is None:
-            _append(connection, run_id, "run.started", {"recipe": row["recipe"]}, key=f"{run_id}/started")
+        _set_stage_within(connection, run_id, stage)
 
 
 def note_result(store: Store, run_id: str, **facts: Any) -> None:
@@ -229,17 +222,15 @@ def mark_told(store: Store, run: Run) -> None:
 
 
 def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:
-    """Write down that a step starts; the attempt's number, 1 for the first."""
+    """Write down that a step starts, which is the run's stage now; the attempt's number, 1 for the first."""
     with store.writing() as connection:
         row = connection.execute(
-            "SELECT coalesce(max(attempt), 0) + 1 AS n FROM steps WHERE run_id = ? AND name = ?",
-            (run_id, name),
+            "INSERT INTO steps (run_id, name, attempt, started, kind) SELECT ?, ?, coalesce(max(attempt), 0) + 1, ?, ? "
+            "FROM steps WHERE run_id = ? AND name = ? RETURNING attempt",
+            (run_id, name, time.time(), kind, run_id, name),
         ).fetchone()
-        connection.execute(
-            "INSERT INTO steps (run_id, name, attempt, started, kind) VALUES (?,?,?,?,?)",
-            (run_id, name, row["n"], time.time(), kind),
-        )
-        return int(row["n"])
+        _set_stage_within(connection, run_id, name)
+        return int(row["attempt"])
 
 
 def end_step(store: Store, run_id: str, name: str, attempt: int, note: dict[str, Any] | None = None) -> None:
@@ -315,6 +306,17 @@ def _is_on(run_id: str, state: str, recipe: str, place: str) -> Conflict:
         place=place,
         fix=f"{first}, stop it with `ft cancel {run_id}`, or wait behind it with `ft run --queue`",
     )
+
+
+def _set_stage_within(connection: Connection, run_id: str, stage: str) -> None:
+    done = connection.execute(
+        "UPDATE runs SET state = 'running', stage = ? WHERE id = ? AND state IN ('submitted', 'running') "
+        "RETURNING recipe, started",
+        (stage, run_id),
+    ).fetchone()
+    if done and done["started"] is None:
+        connection.execute("UPDATE runs SET started = ? WHERE id = ?", (time.time(), run_id))
+        _append(connection, run_id, "run.started", {"recipe": done["recipe"]}, key=f"{run_id}/started")
 
 
 def _run(row: dict[str, Any]) -> Run:

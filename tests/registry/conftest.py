@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 
 import pytest
 
 from registry.project import Project
 from registry.store import Store, open_store
-from tests.postgres_server import PostgresServer, postgres_server
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
-    with postgres_server() as server:
-        yield server
+from tests.postgres_server import PostgresServer
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -1,0 +1,115 @@
+"""`ft cards`: the cards of all hosts, and taking one out of work for a while."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from registry.hosts import Host, HostCard
+    from registry.project import Project
+    from registry.store import Store
+
+app = typer.Typer(add_completion=False, invoke_without_command=True, rich_markup_mode=None)
+CARD = typer.Argument(metavar="CARD", help="CARD of this host, or HOST/CARD as `ft cards` shows it")
+JSON = typer.Option("--json", help="Print as JSON")
+
+
+@app.callback()
+def cards(context: typer.Context, as_json: Annotated[bool, JSON] = False) -> None:
+    """Show the cards of all hosts that share this project's database: what runs on each, and what waits for it.
+
+    Example: ft cards
+    """
+    if context.invoked_subcommand:
+        return
+    from cli.console import print_json, say, table
+    from registry.project import find_project
+    from registry.store import open_store
+
+    project = find_project()
+    found = list(_lines(project, open_store(project)))
+    if as_json:
+        print_json(found)
+        return
+    rows = [[each["card"], each["title"], each["state"], ", ".join(each["running"]), ", ".join(each["waiting"])]
+            for each in found]  # fmt: skip
+    table(["card", "", "state", "runs", "waiting"], rows)
+    if not any(each["worker"] for each in found):
+        say("no worker is on; `ft run` starts one, `ft worker` keeps one")
+
+
+@app.command()
+def pause(card: Annotated[str, CARD], as_json: Annotated[bool, JSON] = False) -> None:
+    """Let nothing new begin on a card; what is at work on it goes on. Runs planned for it wait.
+
+    Example: ft cards pause cuda-0
+    """
+    from registry.hosts import pause_card
+
+    _change(card, pause_card, "paused", "is paused already", as_json)
+
+
+@app.command()
+def resume(card: Annotated[str, CARD], as_json: Annotated[bool, JSON] = False) -> None:
+    """Let a paused card take work again.
+
+    Example: ft cards resume cuda-0
+    """
+    from registry.hosts import resume_card
+
+    _change(card, resume_card, "takes work", "is not paused", as_json)
+
+
+def _change(card: str, change: Any, done: str, not_so: str, as_json: bool) -> None:
+    from cli.console import print_json, say
+    from registry.errors import Conflict
+    from registry.hosts import all_cards, choose_card, hosts
+    from registry.project import find_project, user_name
+    from registry.store import open_store
+
+    store = open_store(find_project())
+    place = choose_card(card, all_cards(hosts(store)), (), {})
+    if not change(store, place, user_name()):
+        raise Conflict(f"{place.name} {not_so}", fix="`ft cards` shows all")
+    print_json({"card": place.name, "state": done}) if as_json else say(f"{place.name}: {done}")
+
+
+def _lines(project: Project, store: Store) -> Any:
+    from registry.hosts import all_cards, hosts, pauses
+
+    known, paused, planned = hosts(store), pauses(store), _planned(store)
+    for place in all_cards(known):
+        runs = planned.get(place.name, [])
+        running = [run.id for run in runs if run.stage.split(":")[0] in ("train", "evaluate", "starting the engine")]
+        host = next((each for each in known if each.id == place.host), None)
+        yield {
+            "card": place.name, "title": place.card.title, "memory": place.card.memory, "worker": host is not None,
+            "state": _state(project, place, host, place.name in paused), "running": running,
+            "waiting": [run.id for run in runs if run.id not in running],
+        }  # fmt: skip
+
+
+def _planned(store: Store) -> dict[str, list[Any]]:
+    """Runs that are on, by the card that they were planned for, the oldest first."""
+    from registry.runs import listed
+
+    found: dict[str, list[Any]] = {}
+    for run in reversed(listed(store, active=True, limit=1000)):
+        if "host" in run.result:
+            found.setdefault(f"{run.result['host']}/{run.result['card']}", []).append(run)
+    return found
+
+
+def _state(project: Project, place: HostCard, host: Host | None, paused: bool) -> str:
+    from cli.console import ago
+    from registry.cards import holder
+    from registry.hosts import host_id
+
+    words = ["paused"] if paused else []
+    if place.host == host_id():
+        words.append(f"held by {has}" if (has := holder(project, place.card)) else "free")
+    elif host:
+        words.append(f"its worker wrote {ago(host.seen)}")
+    return ", ".join(words)
