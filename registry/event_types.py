@@ -82,8 +82,8 @@ TYPES: dict[str, EventType] = {
     ),
     "job.lost": EventType("a trainer is gone, and has left no result", "run", {"epoch": WHOLE}),
     "job.retried": EventType(
-        "a job is tried again by itself; `train` is what was changed", "run",
-        {"attempt": WHOLE, "class": TEXT, "train": {"type": "object"}, "anew": {"type": "boolean"}},
+        "a job is tried again by itself; `after` is the trainer before, `train` what was changed", "run",
+        {"after": WHOLE, "class": TEXT, "train": {"type": "object"}, "anew": {"type": "boolean"}},
     ),
     "run.tracker_away": EventType("MLflow did not answer; training goes on", "run", {}, FAILURE),
     "host.lost": EventType(

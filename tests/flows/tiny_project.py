@@ -5,7 +5,6 @@ Everything else is real: the ft commands, the worker, DBOS, git, DVC, MLflow and
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 
 from jobs.fetch_base import fetch_base
-from jobs.worker_process import worker_is_on
+from jobs.worker_process import worker_is_on, worker_pid
 from registry import adapters, runs
 from registry.base_models import BaseModel
 from registry.dataset_versions import store_version
@@ -73,7 +72,7 @@ class Tiny:
         """The last step of training that was reported."""
         return max((line.get("step", 0) for line in self.job(run_id).progress()), default=0)
 
-    def until(self, condition: Callable[[], object], run_id: str, seconds: float = 90) -> None:
+    def until(self, condition: Callable[[], object], run_id: str, seconds: float = 400) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, self.told(run_id)
@@ -92,9 +91,10 @@ class Tiny:
         return f"{self.run(run_id)}\n{log.read_text() if log.exists() else ''}"
 
     def kill_worker(self) -> None:
-        assert worker_is_on(self.person.project)
-        os.kill(int((self.person.project.home / "worker.lock").read_text()), signal.SIGKILL)
-        end = time.monotonic() + 10
+        pid = worker_pid(self.person.project)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + 30
         while worker_is_on(self.person.project):
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -149,7 +149,3 @@ def stand_in(tiny: Tiny) -> Iterator[AnsweringEngine]:
         finally:
             over.set()
             thread.join(30)
-
-
-def as_json(text: str) -> Any:
-    return json.loads(text)
