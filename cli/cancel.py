@@ -14,6 +14,8 @@ def cancel(
 ) -> None:
     """Stop a run. Its trainer saves a checkpoint first, so `ft resume` can let it go on.
 
+    Later runs of its recipe no longer wait for it; `ft pause` keeps its place.
+
     Example: ft cancel tickets-1a2b
     """
     from cli.console import print_json, say
@@ -27,10 +29,11 @@ def cancel(
     project = find_project()
     store = open_store(project)
     run = runs.get(store, run_id)
-    if not run.active:
+    if run.ended:
         raise Conflict(f"{run.id} has ended already ({run.state})", fix=f"`ft show {run.id}`")
     with submitting(project):
         runs.set_wish(store, run.id, "cancel")
-        ensure_worker(project)
+        if run.active:
+            ensure_worker(project)
     state = watch(project, store, run.id, quiet=True).state if wait else "stopping"
     print_json({"run": run.id, "state": state}) if as_json else say(f"{run.id}: {state}")

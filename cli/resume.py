@@ -12,9 +12,9 @@ def resume(
     detach: Annotated[bool, typer.Option("--detach", help="Do not watch")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON")] = False,
 ) -> None:
-    """Let an interrupted, failed or cancelled run go on. Finished steps are not repeated.
+    """Let a paused, interrupted, failed or cancelled run go on. Finished steps are not repeated.
 
-    Without RUN: all that were interrupted (their worker died).
+    Without RUN: all that were interrupted (their worker died); a paused run stands still until it is named.
 
     Example: ft resume tickets-1a2b
     """
@@ -39,6 +39,9 @@ def resume(
             f"the job folder of {chosen[0].id} was pruned, so it cannot go on",
             fix=f"`ft run {chosen[0].recipe_path}` starts anew",
         )
+    if run_id and chosen[0].active and chosen[0].wish in runs.STOPS:
+        doing = {"pause": "paused", "cancel": "cancelled"}[str(chosen[0].wish)]
+        raise Conflict(f"{chosen[0].id} is just being {doing}", fix="try again when `ft runs` shows it so")
     with submitting(project):
         for run in chosen:
             if not run.active:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def runs(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1_000_000, help="The newest so many")] = 20,
-    active: Annotated[bool, typer.Option("--active", help="Only those that are on")] = False,
+    active: Annotated[bool, typer.Option("--active", help="Only those that are on, or paused")] = False,
     recipe: Annotated[str, typer.Option("--recipe", help="Only of this recipe")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
@@ -27,7 +27,7 @@ def runs(
     from registry.store import open_store
 
     project = find_project()
-    found = rows.listed(open_store(project), limit=limit, active=active, recipe=recipe)
+    found = rows.listed(open_store(project), limit=limit, on=active, recipe=recipe)
     interrupted = any(run.active for run in found) and not worker_is_on(project)
     if as_json:
         fields = ("id", "recipe", "model", "state", "stage", "created", "finished", "error", "result")
@@ -39,10 +39,12 @@ def runs(
     table(
         ["run", "state", "stage", "version", "score", "started"],
         [
-            [run.id, run.state, run.stage if run.active else "", _version(run), _score(run), ago(run.created)]
+            [run.id, run.state, "" if run.ended else run.stage, _version(run), _score(run), ago(run.created)]
             for run in found
         ],
     )
+    if any(run.stage == "waiting for approval" and not run.ended for run in found):
+        say("`ft approve RUN` (or `ft approve RUN --no`) answers a run that waits for approval")
     if interrupted:
         say("no worker is on: `ft resume RUN` lets an interrupted run go on")
 

@@ -25,7 +25,7 @@ LINE_WIDTH = 160
 
 
 def watch(project: Project, store: Store, run_id: str, *, quiet: bool = False) -> runs.Run:
-    """Follow the run to its end; a worker that died meanwhile is started again."""
+    """Follow the run to its end, or until it is paused; a worker that died meanwhile is started again."""
     screen: Any = _Quiet() if quiet else _Bar(run_id) if sys.stdout.isatty() else _Lines(run_id)
     keeper = _WorkerKeeper(project)
     try:
@@ -52,8 +52,7 @@ def exit_as(run: runs.Run, as_json: bool) -> None:
     if as_json:
         print_json(outcome(store, run))
     else:
-        words = {"succeeded": "done", "refused": "the gate did not let it through"}
-        say(f"\n{run.id}: {words.get(run.state, run.state)}")
+        say(f"\n{run.id}: {_how_it_ended(run)}")
         print_outcome(store, run)
     if run.state == "refused":
         sys.exit(GateClosed.exit_code)
@@ -62,8 +61,19 @@ def exit_as(run: runs.Run, as_json: bool) -> None:
         if not as_json:
             print(f"\n{error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    if run.state == "cancelled":
+    if run.state in ("cancelled", "paused"):
         sys.exit(1)
+
+
+def _how_it_ended(run: runs.Run) -> str:
+    said = run.result.get("approval", {})
+    if run.state == "refused" and said.get("answer") == "rejected":
+        return f"{said['by']} did not let it through" + (f": {said['reason']}" if said["reason"] else "")
+    if run.state == "refused" and said.get("answer") == "timed_out":
+        return f"nobody approved it in time; `ft promote {run.model}@{run.result['version']}` promotes it by hand"
+    if run.state == "paused":
+        return f"paused at {run.stage or 'its beginning'}; `ft resume {run.id}` lets it go on"
+    return {"succeeded": "done", "refused": "the gate did not let it through"}.get(run.state, run.state)
 
 
 def outcome(store: Store, run: runs.Run) -> dict[str, Any]:
@@ -213,6 +223,8 @@ def describe(run: runs.Run, training: dict[str, Any] | None) -> str:
     if run.stage == "train" and not training:
         return "train: loading the base model"
     if not training or "step" not in training:
+        if run.state == "paused":
+            return f"paused at {run.stage}" if run.stage else "paused"
         return run.stage if run.active and run.stage else run.state
     if training.get("stage") == "fingerprint":
         return "train: recording a fingerprint for the parity probe"

@@ -28,6 +28,8 @@ from registry.triggers import Subscriber, decide, due, listens
 
 WATCH_SECONDS = 2.0
 BATCH = 200
+# What of a recipe says when and how a run is done, not what is trained.
+NOT_MEANT = {"on", "description", "approval", "retries", "timeouts"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Known:
     @property
     def meaning(self) -> str:
         """A digest of what is trained and how, without when; a field that a newer ft adds does not change it."""
-        body = self.loaded.model_dump(mode="json", exclude_defaults=True, exclude={"on", "description"})
+        body = self.loaded.model_dump(mode="json", exclude_defaults=True, exclude=NOT_MEANT)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     @property

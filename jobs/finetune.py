@@ -10,25 +10,27 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dbos import DBOS, SetWorkflowID
 
+from jobs.approval import wait_for_approval
 from jobs.evaluation.evaluate import EvalRequest, evaluate, kept_scores
 from jobs.fetch_base import fetch_base
+from jobs.outages import through_outage
 from jobs.runtime import card_queue
 from jobs.steps import BENCH, Bench, State, at_work, step
 from jobs.targets.local_card import LocalCard
-from jobs.targets.target import Poll
 from jobs.tell_mlflow import keep_telling, patiently, tell_of_version
+from jobs.watch_job import JobWatch
 from registry import adapters, runs
 from registry.admission import admit
 from registry.base_models import BaseModel, refuse_use
 from registry.cards import Card, marker, pick_card
 from registry.dataset_versions import Pinned, materialise, pin
-from registry.errors import EngineError, FtError, JobError, Trouble
+from registry.errors import Conflict, EngineError, FtError, StoreError, Trouble
 from registry.events import by_run, newest
 from registry.gates import judge as judge_scores
 from registry.hosts import HostCard, all_cards, choose_card, host_id, hosts, pauses
@@ -43,27 +45,24 @@ from registry.store import Store
 from serving.control import engine_for, server_status
 
 MAX_LORA_RANK = 64
-LOST_TRAINERS = 3
 WATCH_SECONDS = 0.3
 SERVED_SECONDS = 300.0
 
 
 @DBOS.workflow(name="finetune")
 async def finetune(run_id: str) -> State:
-    """pin -> plan -> train on a card -> register -> evaluate where it will be served -> judge -> promote -> served."""
+    """pin -> plan -> train on a card -> register -> evaluate where it will serve -> judge (-> approval) -> promote."""
     try:
         await take_turn(run_id)
         plan = await make_plan(run_id, await pin_data(run_id))
         trained = await _on_card(plan, train_on_card, run_id)
         version = await register(run_id, plan, trained)
-        scores = await _on_card(plan, evaluate_on_card, run_id, version)
-        verdict = await judge(run_id, version, scores)
-        if verdict["outcome"] == "pass" and plan["promote"] == "auto":
-            moved = await promote(run_id, verdict)
+        verdict, moved = await _judge_and_promote(run_id, plan, version)
+        if moved:
             await wait_until_served(run_id, moved)
         return await conclude(run_id, verdict)
     except Exception as error:
-        _note_failure(run_id, error)
+        await through_outage(_note_failure, run_id, error)
         raise
 
 
@@ -75,6 +74,23 @@ async def train_on_card(run_id: str, plan: State) -> State:
 @DBOS.workflow(name="evaluate_on_card")
 async def evaluate_on_card(run_id: str, plan: State, version: State) -> State:
     return await ask_all(run_id, plan, version)
+
+
+async def _judge_and_promote(run_id: str, plan: State, version: State) -> tuple[State, State | None]:
+    """The verdict that stands, and the move of `champion` if there was one.
+
+    What passed against a champion that was replaced meanwhile is judged again, and asked for again.
+    """
+    while True:
+        scores = await _on_card(plan, evaluate_on_card, run_id, version)
+        verdict = await judge(run_id, version, scores)
+        if verdict["outcome"] == "pass" and plan["promote"] == "approve":
+            verdict = await wait_for_approval(run_id, verdict)
+        if verdict["outcome"] != "pass" or plan["promote"] == "manual":
+            return verdict, None
+        moved = await promote(run_id, verdict)
+        if "judge_again" not in moved:
+            return verdict, moved
 
 
 @step("take turn")
@@ -123,17 +139,17 @@ async def train(bench: Bench, run_id: str, plan: State) -> State:
     """Have a trainer do the job on the card; started again if it is lost, from its last checkpoint."""
     await _base_here(bench, bench.recipe(run_id))
     card = pick_card(plan["card"])
-    target, folder = LocalCard(bench.project, card), bench.project.job_folder(run_id)
+    watch = JobWatch(bench, run_id, bench.recipe(run_id), LocalCard(bench.project, card), card.name)
+    tracking = asyncio.create_task(keep_telling(bench, run_id, plan))
     with marker(bench.project, card, "train"):
         try:
-            poll = await _watch(bench, run_id, plan, target, folder)
+            result = await watch.until_done()
         except asyncio.CancelledError:
-            # Cancelled: the card is given back only when the trainer is really gone.
-            await asyncio.shield(asyncio.to_thread(target.cancel, folder, "the run was cancelled"))
+            # The card is given back only when the trainer is really gone.
+            await asyncio.shield(watch.stop(_why_stopped(bench.store, run_id)))
             raise
-    result = poll.result or {}
-    if result.get("status") != "ok":
-        raise _job_error(result, folder)
+        finally:
+            tracking.cancel()
     runs.note_result(bench.store, run_id, training=result)
     return result
 
@@ -209,7 +225,17 @@ async def promote(bench: Bench, run_id: str, verdict: State) -> State:
     """Move `champion`, if it still is the one that the verdict was made against."""
     judged = adapters.last_verdict(bench.store, verdict["model"], verdict["version"])
     assert judged is not None
-    done = adapters.promote(bench.store, judged, by_whom="ft", run_id=run_id, reason="the gate passed it")
+    by, reason = verdict.get("by") or "ft", verdict.get("reason") or "the gate passed it"
+    try:
+        done = adapters.promote(bench.store, judged, by_whom=by, run_id=run_id, reason=reason)
+    except Conflict as error:
+        champion = adapters.aliases(bench.store, judged.model).get("champion")
+        if champion == judged.version:  # a person was faster
+            done = adapters.promotions(bench.store, judged.model)[-1]
+        elif champion != judged.body.get("champion"):
+            return {"judge_again": error.what}
+        else:
+            raise
     runs.note_result(bench.store, run_id, promoted={"from": done.from_version, "to": done.version})
     return {"model": done.model, "version": done.version, "from": done.from_version}
 
@@ -262,7 +288,7 @@ def begin(run_id: str) -> None:
 
 
 def let_go(run_id: str, others: Container[str] = ()) -> bool:
-    """Stop what still works for a cancelled run, without waiting; True when nothing does.
+    """Stop what still works for a cancelled or paused run, without waiting; True when nothing does.
 
     `others` are the other hosts that live: what works there, they let go of.
     """
@@ -274,7 +300,7 @@ def let_go(run_id: str, others: Container[str] = ()) -> bool:
         job = JobFolder(folder)
         target = LocalCard(bench.project, pick_card(planned["card"]))
         if target.poll(folder).state == "running":
-            job.ask_to_stop("the run was cancelled")
+            job.ask_to_stop(_why_stopped(BENCH.get().store, run_id))
             return False
         job.withdraw_stop()
     return run_id not in at_work()
@@ -307,7 +333,8 @@ async def _ask_on_engine(
     """Start the engine (or wait for the server's), ask, and count the engine's time apart."""
 
     def progress(done: int, total: int) -> None:
-        runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
+        with suppress(StoreError):  # nothing that an engine should be started again for
+            runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
 
     runs.set_stage(bench.store, run_id, "starting the engine")
     entered, serve = time.monotonic(), bench.recipe(run_id).serve
@@ -318,57 +345,6 @@ async def _ask_on_engine(
         left = time.monotonic()
     bench.note_outside("engine", time.monotonic() - left)
     return scored
-
-
-async def _watch(bench: Bench, run_id: str, plan: State, target: LocalCard, folder: Path) -> Poll:
-    """Until the job is done: (re)start its trainer, show its stage, send its progress to MLflow."""
-    lost, reported, job = 0, 0, JobFolder(folder)
-    tracking = asyncio.create_task(keep_telling(bench, run_id, plan))
-    try:
-        while True:
-            poll = await asyncio.to_thread(target.poll, folder)
-            if poll.state == "done" and _is_final(bench, poll, folder):
-                return poll
-            if poll.state == "running":
-                runs.set_stage(bench.store, run_id, "train")
-            else:
-                # Only trainers that died without having got any further count against the job.
-                further, reported = len(job.progress_files()) > reported, len(job.progress_files())
-                lost = 0 if further else lost + (poll.state == "lost")
-                if lost > LOST_TRAINERS:
-                    raise JobError(f"the trainer died {lost} times", place=str(folder / "log.txt"),
-                                   fix=f"read it with `ft logs {run_id}`, then `ft resume {run_id}`")  # fmt: skip
-                await asyncio.to_thread(target.launch, folder)
-                runs.set_stage(bench.store, run_id, f"train: {target.waits_for(folder)}")
-            kind = "waiting" if poll.state == "waiting" else "training"
-            await bench.outside(kind, asyncio.sleep(WATCH_SECONDS))
-    finally:
-        tracking.cancel()
-
-
-def _is_final(bench: Bench, poll: Poll, folder: Path) -> bool:
-    """A stop that nobody asks for any more (a resumed run's), and a failure of an attempt before this one, are not."""
-    result = poll.result or {}
-    if result["status"] == "ok":
-        return True
-    began = bench.started
-    return (folder / "result.json").stat().st_mtime >= began
-
-
-def _job_error(result: State, folder: Path) -> JobError:
-    advice = {
-        "bad_data": "change the dataset or the recipe, then `ft run` again",
-        "disk_full": "free disk space, then `ft resume`: the last checkpoint was kept",
-        "out_of_memory": "lower train.batch (and raise train.accumulate by as much)",
-        "diverged": "lower train.learning_rate",
-    }
-    kind = str(result.get("class") or result.get("status"))
-    what = f"training failed ({kind}): {result.get('message')}"
-    return JobError(
-        what,
-        place=str(folder / "log.txt"),
-        fix=advice.get(kind, "read the log with `ft logs`, then `ft resume`"),
-    )
 
 
 def _what_server_said(bench: Bench, subject: str) -> dict[str, Any] | None:
@@ -395,9 +371,13 @@ def _of_each(scores: State, field: str) -> State:
 def _note_failure(run_id: str, error: Exception) -> None:
     known = error if isinstance(error, FtError) else Trouble(f"{type(error).__name__}: {error}", place=run_id)
     store = BENCH.get().store
-    if runs.get(store, run_id).wish not in ("cancel", "replan"):  # the end of a cancelled child is no failure
+    if runs.get(store, run_id).wish not in (*runs.STOPS, "replan"):  # the end of a cancelled child is no failure
         # A child's error reaches the parent as text only; what the step itself wrote down is kept.
         runs.finish(store, run_id, "failed", known)
+
+
+def _why_stopped(store: Store, run_id: str) -> str:
+    return f"the run was {'paused' if runs.get(store, run_id).wish == 'pause' else 'cancelled'}"
 
 
 def bind(project: Project, store: Store, settings: Settings) -> None:

@@ -86,22 +86,23 @@ def agree(store: Store, start: Callable[[str], None], let_go: LetGo, others: Con
     """Make DBOS agree with the run rows: start, cancel, resume, plan again, and end what DBOS gave up.
 
     `start(run_id)` begins the workflow, once; `let_go(run_id, others)` stops what is still at work for a
-    cancelled run, unless one of `others`, the other hosts that live, has it; True when nothing is.
+    cancelled or paused run, unless one of `others`, the other hosts that live, has it; True when nothing is.
     """
     for run in _wishes(store, "replan"):
         _plan_again(store, run)
     for run in runs.listed(store, active=True, limit=1000):
         status = _status(run.id)
-        if status is None and run.wish == "cancel":
-            runs.finish(store, run.id, "cancelled")
+        stop = run.wish in runs.STOPS
+        if status is None and stop:
+            runs.stopped(store, run)
         elif status is None:
             start(run.id)
-        elif run.wish == "cancel" and status not in TERMINAL:
+        elif stop and status not in TERMINAL:
             DBOS.cancel_workflow(run.id, cancel_children=True)
-        elif status in TERMINAL and status != "SUCCESS" and run.wish == "cancel":
+        elif status in TERMINAL and status != "SUCCESS" and stop:
             # It may have failed by itself. Over only when the card is really free, not when DBOS says so.
             if let_go(run.id, others):
-                runs.finish(store, run.id, "cancelled")
+                runs.stopped(store, run)
         elif status in TERMINAL and status != "SUCCESS" and run.wish is None:
             runs.finish(store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id))
     for run in _wishes(store, "resume"):
@@ -109,10 +110,10 @@ def agree(store: Store, start: Callable[[str], None], let_go: LetGo, others: Con
 
 
 def let_go_here(store: Store, let_go: LetGo) -> None:
-    """What a host does that does not lead: free its own cards from runs that were cancelled."""
-    for run in _wishes(store, "cancel"):
+    """What a host does that does not lead: free its own cards from runs that were cancelled or paused."""
+    for run in [each for wish in runs.STOPS for each in _wishes(store, wish)]:
         if run.active and run.result.get("host") == host_id() and _status(run.id) in TERMINAL and let_go(run.id, ()):
-            runs.finish(store, run.id, "cancelled")
+            runs.stopped(store, run)
 
 
 def _wishes(store: Store, wish: str) -> list[runs.Run]:

@@ -6,16 +6,19 @@ import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dbos import DBOS
 
+from jobs.outages import repeated, through_outage
 from registry import runs
 from registry.adapters import promotions
-from registry.errors import FtError
+from registry.errors import FtError, StoreError, TimedOut
 from registry.project import Project
 from registry.recipe import Finetune
+from registry.run_control import Timeouts
 from registry.settings import Settings
 from registry.store import Store
 
@@ -85,26 +88,29 @@ def at_work() -> set[str]:
 
 
 def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[..., Awaitable[State]]]:
-    """A durable step `async def body(bench, run_id, ...)`: recorded, preemptible, its failure in the run's row."""
+    """A durable step `async def body(bench, run_id, ...)`: recorded, preemptible, its failure in the run's row.
+
+    Repeated while the store is away; ended as TimedOut when the recipe's `timeouts` say so.
+    """
 
     def decorate(body: Callable[..., Awaitable[State]]) -> Callable[..., Awaitable[State]]:
         @functools.wraps(body)
         async def recorded(run_id: str, *rest: Any) -> State:
             bench = BENCH.fresh()
-            attempt = await asyncio.to_thread(runs.begin_step, bench.store, run_id, name, "step")
+            attempt = await through_outage(runs.begin_step, bench.store, run_id, name, "step")
             _at_work.add(run_id)
             try:
-                result = await body(bench, run_id, *rest)
+                result = await _in_time(bench, run_id, name, lambda: body(bench, run_id, *rest))
             except FtError as error:
-                runs.end_step(bench.store, run_id, name, attempt, {"error": error.what, "spent": bench.spent})
-                runs.finish(bench.store, run_id, "failed", error)
+                await _note_end(bench, run_id, name, attempt, error)
                 raise
             except asyncio.CancelledError:
-                runs.end_step(bench.store, run_id, name, attempt, {"error": "cancelled", "spent": bench.spent})
+                with suppress(StoreError):
+                    await asyncio.to_thread(_end, bench, run_id, name, attempt, "cancelled")
                 raise
             finally:
                 _at_work.discard(run_id)
-            runs.end_step(bench.store, run_id, name, attempt, {"spent": bench.spent})
+            await through_outage(_end, bench, run_id, name, attempt)
             return result
 
         # functools.wraps would keep the body's first parameter in the signature that DBOS reads.
@@ -112,3 +118,33 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
         return DBOS.step(name=name, preemptible=True)(recorded)
 
     return decorate
+
+
+async def _in_time(bench: Bench, run_id: str, name: str, work: Callable[[], Awaitable[State]]) -> State:
+    # Training is stopped with a checkpoint by who watches it; most steps can have no limit.
+    if name == "train" or name not in Timeouts.model_fields:
+        return await repeated(work)
+    timeouts = (await through_outage(bench.recipe, run_id)).timeouts
+    limit = timeouts.of(name)
+    try:
+        async with asyncio.timeout(limit) as scope:
+            return await repeated(work)
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise TimedOut(
+            f"step '{name}' took longer than timeouts.{name} ({getattr(timeouts, name)})", place=run_id,
+            fix=f"`ft resume {run_id}` tries it again; without that line in the recipe there is no limit",
+        ) from None  # fmt: skip
+
+
+async def _note_end(bench: Bench, run_id: str, name: str, attempt: int, error: FtError) -> None:
+    if isinstance(error, StoreError):  # waited for in vain; the worker writes it down when it can
+        return
+    await through_outage(_end, bench, run_id, name, attempt, error.what)
+    await through_outage(runs.finish, bench.store, run_id, "failed", error)
+
+
+def _end(bench: Bench, run_id: str, name: str, attempt: int, error: str = "") -> None:
+    note = {"spent": bench.spent, **({"error": error} if error else {})}
+    runs.end_step(bench.store, run_id, name, attempt, note)

@@ -34,6 +34,9 @@ from registry.recipe import Finetune
 BACKENDS = {"trl": "jobs.trainers.trl_sft"}
 RENEW_SECONDS = 5.0
 PROGRESS_SECONDS = 1.0
+MESSAGE = 2000
+# Said by PyTorch's CPU allocator, by CUDA itself, by cuBLAS, and by a thread that finds no room for its stack.
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc", "can't start new thread")
 OK, FAILED, STOPPED, TAKEN = 0, 1, 3, 4
 
 
@@ -82,7 +85,7 @@ def _task(job: JobFolder, claim: Claim) -> Task:
     job.work.mkdir()
     return Task(
         job=job,
-        recipe=Finetune.model_validate(spec["recipe"]),
+        recipe=Finetune.model_validate(job.recipe()),
         base=base_path(project, base),
         base_digest=base.digest,
         epoch=claim.epoch,
@@ -125,20 +128,36 @@ def _explain(error: BaseException, job: JobFolder) -> dict[str, Any]:
         shutil.rmtree(job.work, ignore_errors=True)
         job.prune_checkpoints(keep=2)
         return {"class": "disk_full", "message": f"the disk is full: {job.path}"}
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return {"class": "out_of_memory", "message": str(error)}
+    if _is_out_of_memory(error):
+        return {"class": "out_of_memory", "message": str(error)[:MESSAGE]}
     if isinstance(error, FloatingPointError):
         return {"class": "diverged", "message": str(error)}
     return {"class": "crash", "message": f"{type(error).__name__}: {error}"}
 
 
-def _is_disk_full(error: BaseException, job: JobFolder) -> bool:
-    # safetensors and torch wrap ENOSPC into errors of their own, without an errno.
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Only a GPU's allocator has a class of its own for it; a CPU's and the libraries say it in words."""
+    return any(
+        isinstance(each, MemoryError)
+        or type(each).__name__ == "OutOfMemoryError"
+        or getattr(each, "errno", None) == errno.ENOMEM
+        or (isinstance(each, RuntimeError) and any(words in str(each) for words in NO_MEMORY))
+        for each in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it."""
     seen: BaseException | None = error
     while seen is not None:
-        if getattr(seen, "errno", None) == errno.ENOSPC or "No space left" in str(seen):
-            return True
+        yield seen
         seen = seen.__cause__ or seen.__context__
+
+
+def _is_disk_full(error: BaseException, job: JobFolder) -> bool:
+    # safetensors and torch wrap ENOSPC into errors of their own, without an errno.
+    if any(getattr(each, "errno", None) == errno.ENOSPC or "No space left" in str(each) for each in _chain(error)):
+        return True
     return "PytorchStreamWriter" in str(error) and shutil.disk_usage(job.path).free < 1 << 20
 
 

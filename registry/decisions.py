@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from registry import runs
+from registry.durations import UNITS
 from registry.events import FEEDBACK, Event, advance_within, causes, cursor_within
 from registry.store import Connection, Store
-from registry.triggers import UNITS, Decision, Past, Subscriber
+from registry.triggers import Decision, Past, Subscriber
 
 CURSOR = "triggers"
 
@@ -25,7 +26,7 @@ def past_of(store: Store, subscriber: Subscriber, event: Event, now: float) -> P
         (subscriber.name, now - UNITS["d"], subscriber.name),
     )
     times = tuple(float(row["created"]) for row in begun if row["created"] is not None)
-    active = runs.listed(store, active=True, recipe=subscriber.name, limit=99)
+    active = runs.listed(store, on=True, recipe=subscriber.name, limit=99)
     return Past(
         active=tuple(each.id for each in reversed(active)),
         begun=times,

@@ -12,6 +12,7 @@
     │   ├── TrackerError           MLflow cannot be reached or refused
     │   ├── AdmissionError         an adapter that must not be loaded
     │   ├── JobError               a trainer failed or was lost
+    │   ├── TimedOut               a step took longer than the recipe allows
     │   ├── EngineError            vLLM did not start or did not answer
     │   └── MissingPart            something is missing on this machine
     └── GateClosed        exit 3   the gate said no, or cannot decide
@@ -83,6 +84,10 @@ class AdmissionError(Trouble):
 
 
 class JobError(Trouble):
+    pass
+
+
+class TimedOut(Trouble):
     pass
 
 

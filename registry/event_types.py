@@ -20,6 +20,8 @@ TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"
 OPTIONAL_WHOLE, OPTIONAL_TEXT = {"type": ["integer", "null"]}, {"type": ["string", "null"]}
 FAILURE = {"error": TEXT, "what": TEXT, "place": TEXT, "fix": TEXT}
 
+ANSWER = {"version": TEXT, "verdict": WHOLE, "by": TEXT, "reason": TEXT}
+
 
 @dataclass(frozen=True)
 class EventType:
@@ -57,9 +59,37 @@ TYPES: dict[str, EventType] = {
         {"reason": TEXT, "count": WHOLE}, {"delivery": TEXT, "client": TEXT},
     ),
     "run.submitted": EventType("a run was asked for", "run", {"recipe": TEXT}),
+    "run.started": EventType("a worker has begun with a run", "run", {"recipe": TEXT}),
+    "run.step": EventType("a step of a run is done", "run", {"step": TEXT, "attempt": WHOLE, "seconds": NUMBER}),
     "run.finished": EventType("a run came to its end; `refused`: the gate said no", "run", {"state": TEXT}),
     "run.failed": EventType("a run failed; `ft resume` lets it go on", "run", {"state": TEXT}, FAILURE),
     "run.cancelled": EventType("a run was cancelled, and its card is free", "run", {"state": TEXT}, FAILURE),
+    "run.paused": EventType("a run stands still after a checkpoint, and its card is free", "run", {"stage": TEXT}),
+    "run.resumed": EventType("a run that stood still goes on", "run", {"from": TEXT}),
+    "run.approval_wanted": EventType(
+        "a person is asked whether a version may be promoted", "run",
+        {"version": TEXT, "verdict": WHOLE, "deadline": NUMBER},
+    ),
+    "run.approved": EventType("a person said yes", "run", ANSWER),
+    "run.rejected": EventType("a person said no", "run", ANSWER),
+    "run.approval_timed_out": EventType("nobody answered in time, which counts as no", "run", ANSWER),
+    "job.started": EventType("a trainer is at work on a run's job", "run", {"card": TEXT, "epoch": WHOLE}),
+    "job.finished": EventType(
+        "a trainer has left a result that counts", "run", {"epoch": WHOLE},
+        {"steps": WHOLE, "seconds": NUMBER, "peak_memory": WHOLE},
+    ),
+    "job.stopped": EventType(
+        "a trainer has saved a checkpoint and stopped, as it was asked to", "run", {"epoch": WHOLE, "reason": TEXT},
+        {"steps": WHOLE},
+    ),
+    "job.failed": EventType(
+        "a trainer has failed; `class` says how", "run", {"epoch": WHOLE, "class": TEXT, "message": TEXT}
+    ),
+    "job.lost": EventType("a trainer is gone, and has left no result", "run", {"epoch": WHOLE}),
+    "job.retried": EventType(
+        "a job is tried again by itself; `after` is the trainer before, `train` what was changed", "run",
+        {"after": WHOLE, "class": TEXT, "train": {"type": "object"}, "anew": {"type": "boolean"}},
+    ),
     "run.tracker_away": EventType("MLflow did not answer; training goes on", "run", {}, FAILURE),
     "host.lost": EventType(
         "a host's worker was heard no more; its runs were handed on", "host", {"runs": {"type": "array", "items": TEXT}}

@@ -1,6 +1,7 @@
 """A job is a folder: what to do, who does it, how far it is, and the result that counts (HOUSE.md, section 6).
 
     spec.json                   what to do (written once)
+    attempts/<n>.json           what of it is different since trainer n has failed, each written once
     data/                       the pinned dataset version's files
     lease.json                  the trainer's claim; names the accepted result's hash
     stop.json                   asks for checkpoint-then-stop
@@ -91,6 +92,24 @@ class JobFolder:
     def spec(self) -> dict[str, Any]:
         return dict(json.loads((self.path / "spec.json").read_text(encoding="utf-8")))
 
+    def add_attempt(self, change: dict[str, Any]) -> None:
+        """From now on the job is done so; `after` is the epoch of the trainer that has failed, `train` what changes."""
+        folder = self.path / "attempts"
+        folder.mkdir(exist_ok=True)
+        _replace(folder / f"{change['after']:04d}.json", json.dumps(change, sort_keys=True, ensure_ascii=False))
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """All changes, the last one last."""
+        return [
+            json.loads(file.read_text(encoding="utf-8")) for file in sorted((self.path / "attempts").glob("*.json"))
+        ]
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe as it is to be done now: of the spec, with what later attempts changed."""
+        found = dict(self.spec()["recipe"])
+        changes = [each["train"] for each in self.attempts()]
+        return {**found, "train": {**found["train"], **{name: new for each in changes for name, new in each.items()}}}
+
     def lease(self) -> Held | None:
         text = _read(self.path / "lease.json")
         return Held(Lease(**json.loads(text)), _digest(text)) if text else None
@@ -124,6 +143,11 @@ class JobFolder:
         if held is None or text is None or held.lease.result != _digest(text):
             return None
         return dict(json.loads(text))
+
+    def accepted(self) -> int:
+        """Epoch of the trainer whose result is the accepted one; 0 while there is none."""
+        held = self.lease()
+        return held.lease.epoch if held and self.result() else 0
 
     def ask_to_stop(self, reason: str) -> None:
         _replace(self.path / "stop.json", json.dumps({"reason": reason}))

@@ -105,6 +105,15 @@ MIGRATIONS = [
         created REAL NOT NULL, told INTEGER NOT NULL DEFAULT 0);
     """,
     PRUNED,
+    # Control of runs: since when one is paused, and what persons said to a verdict.
+    """
+    ALTER TABLE runs ADD COLUMN paused REAL;
+    CREATE TABLE approvals (
+        run_id TEXT NOT NULL, verdict INTEGER NOT NULL, model TEXT NOT NULL, version INTEGER NOT NULL,
+        asked REAL NOT NULL, deadline REAL NOT NULL, answer TEXT, by_whom TEXT, reason TEXT, answered REAL,
+        PRIMARY KEY (run_id, verdict));
+    CREATE INDEX approvals_open ON approvals (asked) WHERE answer IS NULL;
+    """,
 ]
 
 

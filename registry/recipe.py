@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from registry.errors import RecipeError
 from registry.recipe_part import VARIABLE, Part, Text
+from registry.run_control import ApprovalTerms, Retries, Timeouts
 from registry.triggers import Triggers
 
 MAX_BYTES = 1_000_000
@@ -147,9 +148,12 @@ class Finetune(Part):
     train: Train = Train()
     evaluate: Evaluate
     gate: Gate = Gate()
-    promote: Literal["auto", "manual"] = Field(
-        "auto", description="manual: stop after the verdict, `ft promote` does it"
+    promote: Literal["auto", "approve", "manual"] = Field(
+        "auto", description="approve: wait for `ft approve` after the verdict; manual: stop there, `ft promote` does it"
     )
+    approval: ApprovalTerms = ApprovalTerms()
+    retries: Retries = Retries()
+    timeouts: Timeouts = Timeouts()
     serve: Serve = Serve()
     card: Text = Field(
         "auto", description="auto, cpu, or a card as `ft cards` names it", examples=["auto", "cuda:0", "desk/cuda-0"]

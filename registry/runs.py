@@ -17,16 +17,20 @@ from registry.errors import Conflict, FtError, NotFound
 from registry.events import RUNS, append_within, by_run, new_event
 from registry.store import Connection, Store, dump
 
-State = Literal["submitted", "running", "succeeded", "refused", "failed", "cancelled"]
+State = Literal["submitted", "running", "paused", "succeeded", "refused", "failed", "cancelled"]
 ACTIVE = ("submitted", "running")
+ON = (*ACTIVE, "paused")
 MANY = 100
+# Wishes that end what is at work.
+STOPS = ("cancel", "pause")
 
 
 @dataclass(frozen=True)
 class Run:
     """One durable execution of a recipe.
 
-    State `refused` means that the gate did not let its version through; `told` is the end that MLflow was told of;
+    State `refused` means that the gate (or a person) did not let its version through; `told` is the end that MLflow was
+    told of; `paused` since when it stands still: a paused run is not active, but on, so later runs of its recipe wait;
     `pruned` is when its job folder was deleted.
     """
 
@@ -45,11 +49,16 @@ class Run:
     error: dict[str, Any] | None
     result: dict[str, Any]
     told: str | None
+    paused: float | None
     pruned: float | None = None
 
     @property
     def active(self) -> bool:
         return self.state in ACTIVE
+
+    @property
+    def ended(self) -> bool:
+        return self.state not in (*ACTIVE, "paused")
 
 
 @dataclass(frozen=True)
@@ -69,15 +78,12 @@ def submit(store: Store, recipe: dict[str, Any], recipe_path: str, digest: str, 
     name, run_id = str(recipe["name"]), f"{recipe['name']}-{secrets.token_hex(5)}"
     with store.writing() as connection:
         on = connection.execute(
-            "SELECT id FROM runs WHERE recipe = ? AND state IN ('submitted', 'running')", (name,)
+            "SELECT id, state FROM runs WHERE recipe = ? AND state IN ('submitted', 'running', 'paused') "
+            "ORDER BY created LIMIT 1",
+            (name,),
         ).fetchone()
         if on and not queue:
-            raise Conflict(
-                f"a run of recipe '{name}' is on already: {on['id']}",
-                place=recipe_path,
-                fix=f"watch it with `ft logs -f {on['id']}`, stop it with `ft cancel {on['id']}`, "
-                "or wait behind it with `ft run --queue`",
-            )
+            raise _is_on(on["id"], on["state"], name, recipe_path)
         submit_within(connection, run_id, recipe, recipe_path, digest)
     return get(store, run_id)
 
@@ -114,10 +120,11 @@ def get(store: Store, run_id: str) -> Run:
     raise NotFound(f"no run '{run_id}'", fix="`ft runs` lists them")
 
 
-def listed(store: Store, *, limit: int = 20, active: bool = False, recipe: str = "") -> list[Run]:
-    """Runs, the newest first."""
+def listed(store: Store, *, limit: int = 20, active: bool = False, on: bool = False, recipe: str = "") -> list[Run]:
+    """Runs, the newest first: all, those that are `active`, or those that are `on` (active or paused)."""
     # Only the conditions that are given: with one for each case in the statement no index would be used.
-    given = [*(["state IN ('submitted', 'running')"] if active else []), *(["recipe = ?"] if recipe else [])]
+    states = ACTIVE if active else ON if on else ()
+    given = [*([f"state IN {states}"] if states else []), *(["recipe = ?"] if recipe else [])]
     where = f"WHERE {' AND '.join(given)} " if given else ""
     values = (*([recipe] if recipe else []), limit)
     return [_run(row) for row in store.read(f"SELECT * FROM runs {where}ORDER BY created DESC LIMIT ?", values)]
@@ -126,7 +133,7 @@ def listed(store: Store, *, limit: int = 20, active: bool = False, recipe: str =
 def earlier_active(store: Store, run: Run) -> list[str]:
     """Runs of the same recipe that this one waits behind."""
     rows = store.read(
-        "SELECT id FROM runs WHERE recipe = ? AND state IN ('submitted', 'running') "
+        "SELECT id FROM runs WHERE recipe = ? AND state IN ('submitted', 'running', 'paused') "
         "AND (created, id) < (?, ?) ORDER BY created",
         (run.recipe, run.created, run.id),
     )
@@ -134,16 +141,22 @@ def earlier_active(store: Store, run: Run) -> list[str]:
 
 
 def set_wish(store: Store, run_id: str, wish: str) -> None:
-    """Write down what a person wants of a run ('cancel' or 'resume'); a worker acts on it."""
+    """Write down what a person wants of a run ('cancel', 'pause' or 'resume'); a worker acts on it."""
     with store.writing() as connection:
         set_wish_within(connection, run_id, wish)
 
 
 def set_wish_within(connection: Connection, run_id: str, wish: str) -> None:
-    """The same in a transaction of the caller's. A run that has ended meanwhile cannot be cancelled any more."""
+    """The same in a transaction of the caller's. A run that has ended meanwhile can be neither cancelled nor paused.
+
+    Of a paused run nothing is at work, so it is cancelled at once. Who pauses does not undo a cancel.
+    """
+    if wish == "cancel":
+        _end(connection, run_id, "cancelled", "'paused'")
     connection.execute(
-        "UPDATE runs SET wish = ? WHERE id = ? AND (? != 'cancel' OR state IN ('submitted', 'running'))",
-        (wish, run_id, wish),
+        "UPDATE runs SET wish = ? WHERE id = ? AND (? NOT IN ('cancel', 'pause') OR state IN ('submitted', 'running')) "
+        "AND NOT (? = 'pause' AND wish IS NOT DISTINCT FROM 'cancel')",
+        (wish, run_id, wish, wish),
     )
 
 
@@ -153,7 +166,7 @@ def clear_wish(store: Store, run_id: str, wish: str) -> None:
 
 
 def set_stage(store: Store, run_id: str, stage: str) -> None:
-    """The run is on and at `stage`; a run that has ended stays ended."""
+    """The run is on and at `stage`; a run that has ended stays ended, and a paused one paused."""
     if store.first("SELECT 1 AS same FROM runs WHERE id = ? AND stage = ? AND state = 'running'", (run_id, stage)):
         return  # said again several times a second: a write each time would wake everybody who waits for changes
     with store.writing() as connection:
@@ -171,27 +184,35 @@ def note_result(store: Store, run_id: str, **facts: Any) -> None:
 def finish(store: Store, run_id: str, state: State, error: FtError | None = None) -> None:
     """End the run, once; `reopen` undoes it."""
     with store.writing() as connection:
-        done = connection.execute(
-            "UPDATE runs SET state = ?, finished = ?, error = ?, wish = NULL "
-            "WHERE id = ? AND state IN ('submitted', 'running')",
-            (state, time.time(), dump(error.as_dict()) if error else None, run_id),
-        )
-        if done.rowcount:
-            data = {"state": state, **(error.as_dict() if error else {})}
-            append_within(connection, new_event(RUNS, f"run.{_event(state)}", run_id, data, cause=by_run(run_id)))
+        _end(connection, run_id, state, "'submitted', 'running'", error)
+
+
+def stopped(store: Store, run: Run) -> None:
+    """Nothing is at work any more for a run that was to be cancelled or paused: now it is."""
+    if run.wish == "pause":
+        _pause(store, run.id)
+    else:
+        finish(store, run.id, "cancelled")
 
 
 def reopen(store: Store, run_id: str) -> None:
-    """A failed or cancelled run goes on (`ft resume`). How long it lay stopped is added up in its result."""
+    """A failed, cancelled or paused run goes on (`ft resume`). How long it lay stopped is added up in its result.
+
+    Who is to approve its version gets that time too.
+    """
     with store.writing() as connection:
-        row = connection.execute("SELECT finished, result FROM runs WHERE id = ?", (run_id,)).fetchone()
-        result = json.loads(row["result"] or "{}")
-        if row["finished"] is not None:
-            result["stopped"] = result.get("stopped", 0.0) + time.time() - row["finished"]
+        row = connection.execute("SELECT state, finished, paused, result FROM runs WHERE id = ?", (run_id,)).fetchone()
+        lay = _lay_still(row["finished"] if row["finished"] is not None else row["paused"])
         connection.execute(
-            "UPDATE runs SET state = 'running', finished = NULL, error = NULL, told = NULL, result = ? WHERE id = ?",
-            (dump(result), run_id),
+            "UPDATE runs SET state = 'running', finished = NULL, paused = NULL, error = NULL, told = NULL, result = ? "
+            "WHERE id = ?",
+            (_with_stop(row["result"], lay), run_id),
         )
+        connection.execute(
+            "UPDATE approvals SET deadline = deadline + ? WHERE run_id = ? AND answer IS NULL", (lay, run_id)
+        )
+        if row["state"] not in ACTIVE:
+            _append(connection, run_id, "run.resumed", {"from": row["state"]})
 
 
 def untold(store: Store) -> list[Run]:
@@ -218,10 +239,17 @@ def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:
 
 
 def end_step(store: Store, run_id: str, name: str, attempt: int, note: dict[str, Any] | None = None) -> None:
-    store.note(
-        "UPDATE steps SET finished = ?, note = ? WHERE run_id = ? AND name = ? AND attempt = ?",
-        (time.time(), dump(note or {}), run_id, name, attempt),
-    )
+    """Write down that the attempt is over, once: well, unless the note has an `error`."""
+    now, note = time.time(), note or {}
+    with store.writing() as connection:
+        done = connection.execute(
+            "UPDATE steps SET finished = ?, note = ? WHERE run_id = ? AND name = ? AND attempt = ? "
+            "AND finished IS NULL RETURNING started",
+            (now, dump(note), run_id, name, attempt),
+        ).fetchone()
+        if done and "error" not in note:
+            data = {"step": name, "attempt": attempt, "seconds": round(max(0.0, now - done["started"]), 3)}
+            _append(connection, run_id, "run.step", data, key=f"{run_id}/{name}/{attempt}")
 
 
 def steps(store: Store, run_id: str) -> list[Step]:
@@ -232,11 +260,56 @@ def steps(store: Store, run_id: str) -> list[Step]:
     return [Step(**{**row, "note": json.loads(row["note"] or "{}")}) for row in rows]
 
 
-def _set_stage_within(connection: Connection, run_id: str, stage: str) -> None:
+def _end(connection: Connection, run_id: str, state: State, among: str, error: FtError | None = None) -> None:
+    """End a run that is in one of the states `among` (SQL), and say so."""
+    row = connection.execute(
+        f"SELECT paused, result FROM runs WHERE id = ? AND state IN ({among})", (run_id,)
+    ).fetchone()
+    if row is None:
+        return
     connection.execute(
-        "UPDATE runs SET state = 'running', stage = ?, started = coalesce(started, ?) "
-        "WHERE id = ? AND state IN ('submitted', 'running')",
-        (stage, time.time(), run_id),
+        "UPDATE runs SET state = ?, finished = ?, error = ?, wish = NULL, paused = NULL, result = ? WHERE id = ?",
+        (state, time.time(), dump(error.as_dict()) if error else None,
+         _with_stop(row["result"], _lay_still(row["paused"])), run_id),
+    )  # fmt: skip
+    _append(connection, run_id, f"run.{_event(state)}", {"state": state, **(error.as_dict() if error else {})})
+
+
+def _pause(store: Store, run_id: str) -> None:
+    with store.writing() as connection:
+        done = connection.execute(
+            "UPDATE runs SET state = 'paused', paused = ?, wish = NULL "
+            "WHERE id = ? AND state IN ('submitted', 'running') AND wish = 'pause' RETURNING stage",
+            (time.time(), run_id),
+        ).fetchone()
+        if done:
+            _append(connection, run_id, "run.paused", {"stage": done["stage"]})
+
+
+def _append(connection: Connection, run_id: str, type_: str, data: dict[str, Any], key: str = "") -> None:
+    append_within(connection, new_event(RUNS, type_, run_id, data, key=key, cause=by_run(run_id)))
+
+
+def _lay_still(since: float | None) -> float:
+    """Seconds; a clock that was put back meanwhile makes them none."""
+    return max(0.0, time.time() - since) if since is not None else 0.0
+
+
+def _with_stop(result: str | None, seconds: float) -> str:
+    """The run's result with so many seconds more in which it was stopped."""
+    facts = json.loads(result or "{}")
+    return dump({**facts, "stopped": facts.get("stopped", 0.0) + seconds} if seconds else facts)
+
+
+def _is_on(run_id: str, state: str, recipe: str, place: str) -> Conflict:
+    if state == "paused":
+        what, first = "is paused", f"let it go on with `ft resume {run_id}`"
+    else:
+        what, first = "is on already", f"watch it with `ft logs -f {run_id}`"
+    return Conflict(
+        f"a run of recipe '{recipe}' {what}: {run_id}",
+        place=place,
+        fix=f"{first}, stop it with `ft cancel {run_id}`, or wait behind it with `ft run --queue`",
     )
 
 
@@ -256,6 +329,17 @@ def _refuse_pruned(store: Store, run_id: str) -> None:
         raise NotFound(
             f"run {run_id} ({row['state']}) was pruned on {when}", fix=f"`ft events why {run_id}` tells of it"
         )
+
+
+def _set_stage_within(connection: Connection, run_id: str, stage: str) -> None:
+    done = connection.execute(
+        "UPDATE runs SET state = 'running', stage = ? WHERE id = ? AND state IN ('submitted', 'running') "
+        "RETURNING recipe, started",
+        (stage, run_id),
+    ).fetchone()
+    if done and done["started"] is None:
+        connection.execute("UPDATE runs SET started = ? WHERE id = ?", (time.time(), run_id))
+        _append(connection, run_id, "run.started", {"recipe": done["recipe"]}, key=f"{run_id}/started")
 
 
 def _run(row: dict[str, Any]) -> Run:

@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo, available_timezones
 from croniter import CroniterBadCronError, CroniterBadDateError, croniter
 from pydantic import AfterValidator, Field, model_validator
 
+from registry.durations import UNITS, Duration, seconds
 from registry.event_types import EXTERNAL, TYPES
 from registry.events import Event
 from registry.recipe_part import Part, Text
@@ -28,7 +29,6 @@ DAYS_AND_MONTHS = {
     *("sun", "mon", "tue", "wed", "thu", "fri", "sat"),
     *("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"),
 }
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _cron(line: str) -> str:
@@ -44,12 +44,6 @@ def _cron(line: str) -> str:
     except CroniterBadDateError as error:
         raise ValueError(f"never fires: {line!r}") from error
     return line
-
-
-def _duration(text: str) -> str:
-    if not re.fullmatch(r"\d+[smhd]", text):
-        raise ValueError(f"a duration is a number and s, m, h or d, like 30m: {text!r}")
-    return text
 
 
 def _zone(name: str) -> str:
@@ -68,7 +62,6 @@ def _type(pattern: str) -> str:
 
 
 Cron = Annotated[Text, AfterValidator(_cron)]
-Duration = Annotated[Text, AfterValidator(_duration)]
 Zone = Annotated[Text, AfterValidator(_zone)]
 
 
@@ -229,7 +222,7 @@ def _what_speaks_against(subscriber: Subscriber, event: Event, past: Past, now: 
         missing = _missing_feedback(on.feedback, past.feedback)
         if missing:
             return f"{on.feedback.count - missing} of {on.feedback.count} are there"
-    if on.cooldown and last is not None and now - last < _seconds(on.cooldown):
+    if on.cooldown and last is not None and now - last < seconds(on.cooldown):
         return f"the last run was submitted {now - last:.0f} s ago, and cooldown is {on.cooldown}"
     today = [each for each in begun if now - each < UNITS["d"]]
     if on.max_runs_per_day is not None and len(today) >= on.max_runs_per_day:
@@ -261,10 +254,6 @@ def _has_branch(event: Event) -> bool:
 
 def _matches(on: Triggers, event: Event) -> bool:
     return any(fits(match, event) for match in on.event)
-
-
-def _seconds(duration: str) -> int:
-    return int(duration[:-1]) * UNITS[duration[-1]]
 
 
 def _value(event: Event, name: str) -> Any:

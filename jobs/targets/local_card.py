@@ -32,17 +32,19 @@ class LocalCard:
     def __init__(self, project: Project, card: Card) -> None:
         self.project, self.card = project, card
 
-    def launch(self, folder: Path) -> None:
+    def launch(self, folder: Path) -> bool:
         job = JobFolder(folder)
         if self._alive(job):
-            return
+            return False
         lock = try_lock(self.project, self.card, _holder_name(job))
         if lock is None:
-            return
+            return False
         try:
             # Looked at under the lock: a trainer that ended meanwhile may have left its result.
-            if not _is_done(job):
-                self._start(job, lock)
+            if _is_done(job):
+                return False
+            self._start(job, lock)
+            return True
         finally:
             lock.release()
 

@@ -21,11 +21,15 @@ class Poll:
 class Target(Protocol):
     """Each verb is idempotent by job folder, so a step that is repeated after a crash does no harm."""
 
-    def launch(self, folder: Path) -> None:
-        """See to it that a trainer works on the job, unless one does or it is done."""
+    def launch(self, folder: Path) -> bool:
+        """See to it that a trainer works on the job, unless one does or it is done. True if one was started."""
         ...
 
     def poll(self, folder: Path) -> Poll: ...
+
+    def waits_for(self, folder: Path) -> str:
+        """For people: what keeps a trainer from starting, or that it starts."""
+        ...
 
     def fetch(self, folder: Path, target: Path) -> None:
         """Put the accepted adapter into `target`."""

@@ -20,11 +20,13 @@ from typing import Any
 
 import pytest
 
+from jobs.retries import next_attempt
 from jobs.trainer import FAILED, OK, STOPPED, TAKEN, run_job
 from registry.base_models import BaseModel
 from registry.job_folder import Held, JobFolder
 from registry.manifest import broken_files, read_manifest, write_manifest
 from registry.recipe import Finetune
+from registry.run_control import Retries
 from tests.conftest import SMOL, TinyBase, run_bounded, started
 
 # torch and its friends warn of their own deprecations, which are not ours to mend.
@@ -316,6 +318,54 @@ def test_a_loss_that_is_no_number_ends_the_job(make: Callable[..., Job]) -> None
     assert (result["status"], result["class"]) == ("failed", "diverged")
     assert "the loss is nan at step" in result["message"]
     assert not job.folder.adapter.exists()
+
+
+# For what a process writes to: importing torch needs less, a batch of 1024 rows with their logits more.
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv.pop(1)) << 20,) * 2)
+runpy.run_module("jobs.trainer", run_name="__main__")
+"""
+
+
+def test_a_batch_that_does_not_fit_is_out_of_memory_and_a_smaller_one_fits(make: Callable[..., Job]) -> None:
+    job = make(batch=1024, max_steps=3, checkpoint_steps=1)
+    write_split(job.folder.data, "train", rows(1100))
+    limited, codes, attempts = [sys.executable, "-c", LIMITED, "1400", str(job.folder.path)], [], []
+    for _ in range(5):
+        done = run_bounded(limited, 500, env=job.env)
+        codes.append(done.returncode)
+        if done.returncode == OK:
+            break
+        result = result_of(job)
+        assert (result["status"], result["class"]) == ("failed", "out_of_memory"), done.stderr + str(result)
+        change = next_attempt(
+            Retries(), job.folder.recipe()["train"], result, job.folder.accepted(), job.folder.attempts()
+        )
+        assert change is not None
+        job.folder.add_attempt(change)
+        attempts.append(change["train"])
+    assert codes[0] == FAILED
+    assert codes[-1] == OK, codes
+    assert all(each["batch"] * each["accumulate"] == 1024 for each in attempts)
+    assert result_of(job)["steps"] == 3
+
+
+def test_a_smaller_batch_goes_on_from_the_checkpoint_of_a_larger_one(make: Callable[..., Job]) -> None:
+    job = make(batch=4, max_steps=4, checkpoint_steps=2)
+
+    def stop() -> None:
+        job.folder.ask_to_stop("enough")
+
+    with meanwhile(lambda: max(job.steps(), default=0) >= 2, stop):
+        run_job(job.folder)
+    job.folder.withdraw_stop()
+    reached = int(job.folder.complete_checkpoints()[0].name.split("-")[1])
+    change = {"after": 1, "class": "out_of_memory", "train": {"batch": 2, "accumulate": 2}, "anew": False}
+    job.folder.add_attempt(change)
+    assert run_job(job.folder) == OK
+    assert job.begins() == [0, reached] or reached == 4
+    assert result_of(job)["steps"] == 4
 
 
 def test_a_base_that_was_changed_is_not_trained_on(

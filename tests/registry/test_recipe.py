@@ -29,10 +29,10 @@ CHECK = "`ft recipe schema` lists every key; then `ft recipe check {path}`"
 # What is added to GOOD (or stands for it), and the message, where {path} is the file.
 ADDED = [
     ("xyz: 1\n", "{path}:7: xyz: unknown key; there are: kind, name, model, description, use, base, data, train, "
-     "evaluate, gate, promote, serve, card, tracking, on"),
+     "evaluate, gate, promote, approval, retries, timeouts, serve, card, tracking, on"),
     ("trian: {}\n", "{path}:7: trian: unknown key; did you mean 'train'?"),
     ("finetune: {}\n", "{path}:7: finetune: unknown key; there are: kind, name, model, description, use, base, data, "
-     "train, evaluate, gate, promote, serve, card, tracking, on"),
+     "train, evaluate, gate, promote, approval, retries, timeouts, serve, card, tracking, on"),
     ("train:\n  learnin_rate: 1\n", "{path}:8: train.learnin_rate: unknown key; did you mean 'learning_rate'?"),
     ("train:\n  lora:\n    rnak: 8\n", "{path}:9: train.lora.rnak: unknown key; did you mean 'rank'?"),
     ("train:\n  lora: {rank: 12}\n",

@@ -82,7 +82,8 @@ def test_a_run_ends_once(store: Store) -> None:
     ended = runs.get(store, run.id)
     assert (ended.state, ended.stage, ended.wish, ended.active) == ("failed", "train", None, False)
     assert ended.error == {"error": "JobError", "what": "it broke", "place": "log.txt", "fix": "look"}
-    assert [event.type for event in read(store, subject=run.id)] == ["run.submitted", "run.failed"]
+    types = [event.type for event in read(store, subject=run.id)]
+    assert types == ["run.submitted", "run.started", "run.failed"]
 
 
 def test_a_reopened_run_goes_on_and_ends_again(store: Store) -> None:
@@ -96,7 +97,7 @@ def test_a_reopened_run_goes_on_and_ends_again(store: Store) -> None:
     assert 0.05 <= again.result["stopped"] < 5
     runs.finish(store, run.id, "succeeded")
     types = [event.type for event in read(store, subject=run.id)]
-    assert types == ["run.submitted", "run.failed", "run.finished"]
+    assert types == ["run.submitted", "run.failed", "run.resumed", "run.finished"]
 
 
 def test_results_add_up_and_the_start_stays(store: Store) -> None:
@@ -155,3 +156,72 @@ def test_bad_ends_are_told_once_and_again_after_a_resume(store: Store) -> None:
     runs.reopen(store, run.id)
     runs.finish(store, run.id, "cancelled")
     assert [each.state for each in runs.untold(store)] == ["cancelled"]
+
+
+def pause(store: Store, run: runs.Run) -> None:
+    runs.set_wish(store, run.id, "pause")
+    runs.stopped(store, runs.get(store, run.id))
+
+
+def test_a_paused_run_holds_its_place_and_its_time_is_counted(store: Store) -> None:
+    run = submitted(store)
+    runs.set_stage(store, run.id, "train")
+    pause(store, run)
+    paused = runs.get(store, run.id)
+    assert (paused.state, paused.stage, paused.active, paused.ended) == ("paused", "train", False, False)
+    with pytest.raises(Conflict, match="is paused") as caught:
+        submitted(store)
+    assert f"ft resume {run.id}" in caught.value.fix
+    later = submitted(store, queue=True)
+    assert runs.earlier_active(store, later) == [run.id]
+    assert [each.id for each in runs.listed(store, active=True)] == [later.id]
+    assert [each.id for each in runs.listed(store, on=True)] == [later.id, run.id]
+    runs.set_stage(store, run.id, "judge")  # a worker that was late
+    runs.finish(store, run.id, "failed", JobError("late"))
+    assert runs.get(store, run.id) == paused
+    time.sleep(0.05)
+    runs.reopen(store, run.id)
+    again = runs.get(store, run.id)
+    assert (again.state, again.paused) == ("running", None)
+    assert 0.05 <= again.result["stopped"] < 5
+    types = [event.type for event in read(store, subject=run.id)]
+    assert types == ["run.submitted", "run.started", "run.paused", "run.resumed"]
+
+
+def test_a_paused_run_is_cancelled_at_once(store: Store) -> None:
+    run = submitted(store)
+    pause(store, run)
+    runs.set_wish(store, run.id, "cancel")
+    ended = runs.get(store, run.id)
+    assert (ended.state, ended.wish, ended.paused) == ("cancelled", None, None)
+    assert ended.finished is not None
+    assert ended.result["stopped"] > 0
+    runs.set_wish(store, run.id, "pause")
+    assert runs.get(store, run.id).wish is None
+
+
+def test_who_pauses_does_not_undo_a_cancel(store: Store) -> None:
+    run = submitted(store)
+    seen = runs.get(store, run.id)
+    runs.set_wish(store, run.id, "cancel")
+    runs.set_wish(store, run.id, "pause")
+    assert runs.get(store, run.id).wish == "cancel"
+    other = submitted(store, "another")
+    runs.set_wish(store, other.id, "pause")
+    seen = runs.get(store, other.id)
+    runs.set_wish(store, other.id, "cancel")  # between the worker's look and its act
+    runs.stopped(store, seen)
+    assert (runs.get(store, other.id).state, runs.get(store, other.id).wish) == ("submitted", "cancel")
+
+
+def test_a_step_that_went_well_is_told_of_once(store: Store) -> None:
+    run = submitted(store)
+    bad, good = (runs.begin_step(store, run.id, "train", "step") for _ in range(2))
+    runs.end_step(store, run.id, "train", bad, {"error": "it broke"})
+    for _ in range(2):  # the store was away when the first was acknowledged
+        runs.end_step(store, run.id, "train", good, {"spent": {}})
+    [event] = read(store, type_="run.step")
+    assert (event.subject, event.data["step"], event.data["attempt"]) == (run.id, "train", 2)
+    assert 0 <= event.data["seconds"] < 5
+    assert event.cause == f"ft/runs {run.id}"
+    assert runs.steps(store, run.id)[0].note == {"error": "it broke"}
