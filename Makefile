@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills docs constraints clean
+.PHONY: setup demo test check unit serve-only kills sweep-kill docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -49,6 +49,13 @@ kills: setup
 	rm -rf .ft/kills
 	$(BIN)/ft init .ft/kills
 	$(BIN)/python -m tests.flows.kills .ft/kills 10 $(or $(SEED),1)
+
+# kill -9 of every process of a run, at each point of tests/flows/points.py and then at random; the counts as JSON.
+# SEED, DATABASE (sqlite or postgres), POINTS (all, none, or a part of their names), COUNT (kills at random), REAL (runs
+# with the real trainer), RESTARTS (runs while Postgres is restarted every 5 to 20 s).
+sweep-kill: setup
+	$(BIN)/python -m tests.flows.sweep --seed $(or $(SEED),1) --database $(or $(DATABASE),sqlite) \
+		--points "$(or $(POINTS),all)" --count $(or $(COUNT),200) --real $(or $(REAL),20) --restarts $(or $(RESTARTS),10)
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

@@ -118,7 +118,8 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
 async def train(bench: Bench, run_id: str, plan: State) -> State:
     """Have a trainer do the job on the card; started again if it is lost, from its last checkpoint."""
     card = pick_card(plan["card"])
-    target, folder = LocalCard(bench.project, card), bench.project.job_folder(run_id)
+    target = LocalCard(bench.project, card, bench.settings.trainer_python)
+    folder = bench.project.job_folder(run_id)
     with marker(bench.project, card, "train"):
         try:
             poll = await _watch(bench, run_id, plan, target, folder)
