@@ -1,8 +1,7 @@
 """`python -m tests.fakes.vllm_door URL KEY -m vllm... --port N ...`: a vLLM that starts at once.
 
-It is a door to one that runs. Has what a vLLM that was just started has: its own port and key, and no adapters. All
-requests are answered by the
-engine at URL. So one engine serves many starts, one at a time, and the door can be killed as vLLM can.
+It is a door to one that runs at URL, which answers all requests, and has what a vLLM that was just started has: its own
+port and key, and no adapters. So one engine serves many starts, one at a time, and the door can be killed as vLLM can.
 """
 
 from __future__ import annotations
