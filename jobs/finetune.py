@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Container, Coroutine
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dbos import DBOS
+from dbos import DBOS, SetWorkflowID
 
 from jobs.evaluation.evaluate import EvalRequest, evaluate, kept_scores
 from jobs.fetch_base import fetch_base
@@ -30,10 +31,12 @@ from registry.dataset_versions import Pinned, materialise, pin
 from registry.errors import EngineError, FtError, JobError, Trouble
 from registry.events import by_run, newest
 from registry.gates import judge as judge_scores
+from registry.hosts import HostCard, all_cards, choose_card, host_id, hosts, pauses
 from registry.job_folder import JobFolder
 from registry.mlflow_mirror import mirror
 from registry.mlflow_store import Tracked, git_commit, tracker_for
 from registry.project import Project
+from registry.recipe import Finetune
 from registry.scores import Scored
 from registry.settings import Settings
 from registry.store import Store
@@ -97,18 +100,19 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
     fetching = asyncio.to_thread(fetch_base, bench.project, recipe.base)
     base: BaseModel = await bench.outside("set-up", fetching)
     refuse_use(recipe.use, base.source, base.licence)
-    card = pick_card(recipe.card)
+    place = _choose_card(bench, run_id, recipe.card)
     job = JobFolder(bench.project.job_folder(run_id))
-    spec = {"job": run_id, "recipe": recipe.model_dump(mode="json"), "base": base.as_dict(), "dataset": pinned.hash,
-            "card": card.name}  # fmt: skip
+    spec = {"job": run_id, "recipe": recipe.model_dump(mode="json"), "base": base.as_dict(), "dataset": pinned.hash}
     await asyncio.to_thread(job.write_spec, spec)
     await asyncio.to_thread(materialise, bench.project, pinned, job.data)
     shown = {name: dataset[name] for name in ("path", "hash", "rows")}
-    runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=card.name)
+    runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=place.card.name,
+                     host=place.host)  # fmt: skip
     return {
         "dataset": dataset,
         "base": base.as_dict(),
-        "card": card.name,
+        "card": place.card.name,
+        "host": place.host,
         "promote": recipe.promote,
         "commit": git_commit(bench.project.root),
     }
@@ -117,6 +121,7 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
 @step("train")
 async def train(bench: Bench, run_id: str, plan: State) -> State:
     """Have a trainer do the job on the card; started again if it is lost, from its last checkpoint."""
+    await _base_here(bench, bench.recipe(run_id))
     card = pick_card(plan["card"])
     target = LocalCard(bench.project, card, bench.settings.trainer_python)
     folder = bench.project.job_folder(run_id)
@@ -180,6 +185,7 @@ async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> Sta
         bench.project, bench.store, recipe, base, plan["dataset"], bench.project.job_folder(run_id) / "data",
         candidate=version["version"], champion=champion,
     )  # fmt: skip
+    await _base_here(bench, recipe)
     scored = kept_scores(bench.store, request)
     if len(scored) < len(request.asked):
         scored = await _ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
@@ -250,12 +256,24 @@ async def conclude(bench: Bench, run_id: str, verdict: State) -> State:
     return {"outcome": outcome}
 
 
-def let_go(run_id: str) -> bool:
-    """Stop what still works for a cancelled run, without waiting; True when nothing does."""
-    folder = BENCH.get().project.job_folder(run_id)
-    if (folder / "spec.json").exists():
+def begin(run_id: str) -> None:
+    """Start the run's workflow in this process, at once; a second start of the same run does nothing."""
+    with SetWorkflowID(run_id):
+        DBOS.start_workflow(finetune, run_id)
+
+
+def let_go(run_id: str, others: Container[str] = ()) -> bool:
+    """Stop what still works for a cancelled run, without waiting; True when nothing does.
+
+    `others` are the other hosts that live: what works there, they let go of.
+    """
+    bench = BENCH.get()
+    folder, planned = bench.project.job_folder(run_id), bench.run(run_id).result
+    if planned.get("host", host_id()) in others:
+        return False
+    if (folder / "spec.json").exists() and planned.get("host", host_id()) == host_id() and "card" in planned:
         job = JobFolder(folder)
-        target = LocalCard(BENCH.get().project, pick_card(job.spec()["card"]))
+        target = LocalCard(bench.project, pick_card(planned["card"]))
         if target.poll(folder).state == "running":
             job.ask_to_stop("the run was cancelled")
             return False
@@ -263,11 +281,24 @@ def let_go(run_id: str) -> bool:
     return run_id not in at_work()
 
 
+def _choose_card(bench: Bench, run_id: str, wanted: str) -> HostCard:
+    """The card for a run; how many other runs want each is read off their rows."""
+    on = [run.result for run in runs.listed(bench.store, active=True, limit=1000) if run.id != run_id]
+    busy = Counter(f"{each['host']}/{each['card']}" for each in on if "host" in each)
+    return choose_card(wanted, all_cards(hosts(bench.store)), pauses(bench.store), busy)
+
+
+async def _base_here(bench: Bench, recipe: Finetune) -> None:
+    """The base model may have been fetched by another host, into that host's cache."""
+    await bench.outside("set-up", asyncio.to_thread(fetch_base, bench.project, recipe.base))
+
+
 async def _on_card(
     plan: State, workflow: Callable[..., Coroutine[Any, Any, State]], run_id: str, *rest: State
 ) -> State:
     """Run a child on the card's queue, where one works at a time. What it said went wrong is in the run's row."""
-    handle: Any = await DBOS.enqueue_workflow_async(card_queue(plan["card"]), workflow, run_id, plan, *rest)
+    queue = card_queue(plan["card"], plan.get("host", ""))
+    handle: Any = await DBOS.enqueue_workflow_async(queue, workflow, run_id, plan, *rest)
     return dict(await handle.get_result(polling_interval_sec=WATCH_SECONDS))
 
 
@@ -365,7 +396,7 @@ def _of_each(scores: State, field: str) -> State:
 def _note_failure(run_id: str, error: Exception) -> None:
     known = error if isinstance(error, FtError) else Trouble(f"{type(error).__name__}: {error}", place=run_id)
     store = BENCH.get().store
-    if runs.get(store, run_id).wish != "cancel":  # the end of a cancelled child is no failure
+    if runs.get(store, run_id).wish not in ("cancel", "replan"):  # the end of a cancelled child is no failure
         # A child's error reaches the parent as text only; what the step itself wrote down is kept.
         runs.finish(store, run_id, "failed", known)
 

@@ -1,73 +1,90 @@
-"""The durable engine: DBOS on SQLite, with the rules that make it safe here, and its agreement with the run rows.
+"""The durable engine: DBOS on SQLite or Postgres, the rules that make it safe, and its agreement with the run rows.
 
-Run rows are the truth of what people want (`registry/runs.py`). `agree` makes DBOS do it: it enqueues what was
+Run rows are the truth of what people want (`registry/runs.py`). `agree` makes DBOS do it: it starts what was
 submitted, cancels and resumes what was wished. Each is idempotent, so a worker killed in the middle loses nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import sqlalchemy
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
 
 from registry import runs
-from registry.cards import Card, list_cards, pick_card
-from registry.errors import Trouble
+from registry.cards import Card
+from registry.errors import FtError, Trouble
+from registry.hosts import host_id, served_cards
 from registry.project import Project
 from registry.store import Store
 
 APP, VERSION, CONTROL = "ft-engine", "1", "control"
-# A parent that waits for its turn holds no card, so "control" has no limit.
-POLL_SECONDS = 0.1
+# DBOS asks its queues again and again. Ten times a second took 9 % of a core, so they are asked so often only while
+# runs are on. New runs do not wait for it: they are started without a queue.
+BUSY_SECONDS, IDLE_SECONDS = 0.1, 1.0
+LetGo = Callable[[str, Container[str]], bool]
 TERMINAL = {"SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"}
 
 
-def card_queue(card_name: str) -> str:
-    """One queue per card: a worker cannot listen to only some partitions of a queue."""
-    return f"card.{host_id()}.{card_name}"
+def card_queue(card_name: str, host: str = "") -> str:
+    """One queue per card of a host (default: this one): a worker cannot listen to only some partitions of a queue."""
+    return f"card.{host or host_id()}.{card_name}"
 
 
-def host_id() -> str:
-    return "".join(each if each.isalnum() else "-" for each in socket.gethostname().lower())
+def launch(project: Project, paused: Container[str] = ()) -> None:
+    """Start DBOS in this process. The caller holds the worker's lock: two processes must not share an executor id.
 
-
-def launch(project: Project) -> None:
-    """Start DBOS in this process. The caller holds the worker's lock: two processes must not share an executor id."""
+    On `paused` cards (HOST/CARD) nothing begins.
+    """
     project.home.mkdir(parents=True, exist_ok=True)
-    url = f"sqlite:///{project.runs_database}"
-    DBOS.migrate(url)
-    queues = [CONTROL, *(card_queue(card.name) for card in _served_cards())]
-    DBOS(config=_config(url))
-    DBOS.listen_queues(queues)
+    # A parent that waits for its turn holds no card, so "control" has no limit.
+    queues: dict[str, int | None] = {CONTROL: None}
+    queues |= {card_queue(card.name): int(f"{host_id()}/{card.name}" not in paused) for card in served_cards()}
+    DBOS(config=_config(project))
+    DBOS.listen_queues(list(queues))
     DBOS.launch()
-    for name in queues:
-        limit = None if name == CONTROL else 1
+    for name, limit in queues.items():
         DBOS.register_queue(
-            name, worker_concurrency=limit, polling_interval_sec=POLL_SECONDS, on_conflict="always_update"
+            name, worker_concurrency=limit, polling_interval_sec=IDLE_SECONDS, on_conflict="always_update"
         )
     logging.getLogger("dbos").setLevel(logging.WARNING)
+    logging.getLogger("dbos").addFilter(_is_news)
 
 
-def agree(store: Store, let_go: Callable[[str], bool]) -> None:
-    """Make DBOS agree with the run rows: enqueue, cancel, resume, and end what DBOS gave up.
+def _is_news(record: logging.LogRecord) -> bool:
+    """How a run failed is in its row, in words; DBOS adds a traceback of a hundred lines."""
+    return not (record.exc_info and isinstance(record.exc_info[1], FtError))
 
-    `let_go(run_id)` stops what is still at work for a cancelled run; True when nothing is.
+
+def mind_card(card: Card, *, busy: bool, is_open: bool) -> None:
+    """Whether jobs may begin on a card of this host, and how often its queue is asked; what is at work goes on."""
+    queue = DBOS.retrieve_queue(card_queue(card.name))
+    if queue:
+        queue.set_worker_concurrency(int(is_open))
+        queue.set_polling_interval_sec(BUSY_SECONDS if busy else IDLE_SECONDS)
+
+
+def agree(store: Store, start: Callable[[str], None], let_go: LetGo, others: Container[str]) -> None:
+    """Make DBOS agree with the run rows: start, cancel, resume, plan again, and end what DBOS gave up.
+
+    `start(run_id)` begins the workflow, once; `let_go(run_id, others)` stops what is still at work for a
+    cancelled run, unless one of `others`, the other hosts that live, has it; True when nothing is.
     """
+    for run in _wishes(store, "replan"):
+        _plan_again(store, run)
     for run in runs.listed(store, active=True, limit=1000):
         status = _status(run.id)
         if status is None and run.wish == "cancel":
             runs.finish(store, run.id, "cancelled")
         elif status is None:
-            _enqueue(run.id)
+            start(run.id)
         elif run.wish == "cancel" and status not in TERMINAL:
             DBOS.cancel_workflow(run.id, cancel_children=True)
         elif status in TERMINAL and status != "SUCCESS" and run.wish == "cancel":
             # It may have failed by itself. Over only when the card is really free, not when DBOS says so.
-            if let_go(run.id):
+            if let_go(run.id, others):
                 runs.finish(store, run.id, "cancelled")
         elif status in TERMINAL and status != "SUCCESS" and run.wish is None:
             runs.finish(store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id))
@@ -75,16 +92,32 @@ def agree(store: Store, let_go: Callable[[str], bool]) -> None:
         _resume(store, run)
 
 
+def let_go_here(store: Store, let_go: LetGo) -> None:
+    """What a host does that does not lead: free its own cards from runs that were cancelled."""
+    for run in _wishes(store, "cancel"):
+        if run.active and run.result.get("host") == host_id() and _status(run.id) in TERMINAL and let_go(run.id, ()):
+            runs.finish(store, run.id, "cancelled")
+
+
 def _wishes(store: Store, wish: str) -> list[runs.Run]:
     rows = store.read("SELECT id FROM runs WHERE wish = ?", (wish,))
     return [runs.get(store, row["id"]) for row in rows]
 
 
-def _enqueue(run_id: str) -> None:
-    DBOS.enqueue_workflow_with_options(
-        {"workflow_name": "finetune", "queue_name": CONTROL, "workflow_id": run_id, "app_version": VERSION},
-        run_id,
-    )
+def _plan_again(store: Store, run: runs.Run) -> None:
+    """The card that the run was planned for is gone with its host: it goes on from its plan, on another."""
+    if run.active and _status(run.id) not in TERMINAL:
+        DBOS.cancel_workflow(run.id, cancel_children=True)
+        return  # until it has stopped
+    if run.active:
+        steps = DBOS.list_workflow_steps(run.id)
+        for child in [step["child_workflow_id"] for step in steps if step["child_workflow_id"]]:
+            if _status(child) is not None:
+                DBOS.delete_workflow(child, delete_children=True)
+        planned = [step["function_id"] for step in steps if step["function_name"] == "plan"]
+        start = min(planned, default=_first_unfinished(run.id))
+        DBOS.rewind_workflow(run.id, start_step=start, application_version=VERSION, queue_name=CONTROL)
+    runs.clear_wish(store, run.id, "replan")
 
 
 def _resume(store: Store, run: runs.Run) -> None:
@@ -120,24 +153,21 @@ def _status(workflow_id: str) -> str | None:
     return str(found.status) if found else None
 
 
-def _served_cards() -> list[Card]:
-    found = {card.name: card for card in [*list_cards(), pick_card("cpu")]}
-    return list(found.values())
-
-
-def _config(url: str) -> DBOSConfig:
-    return {
+def _config(project: Project) -> DBOSConfig:
+    config: DBOSConfig = {
         "name": APP,
-        "system_database_url": url,
-        "system_database_engine": _engine(url),
-        "run_migrations": False,
         "executor_id": host_id(),
         "application_version": VERSION,
         "serializer": DBOSPortableJSONSerializer(),
         "log_level": "WARNING",
-        "notification_listener_polling_interval_sec": POLL_SECONDS,
-        "scheduler_polling_interval_sec": 5,
+        "notification_listener_polling_interval_sec": IDLE_SECONDS,
+        "scheduler_polling_interval_sec": 60,
     }
+    if project.database_url:
+        return {**config, "system_database_url": project.database_url}
+    url = f"sqlite:///{project.runs_database}"
+    DBOS.migrate(url)
+    return {**config, "system_database_url": url, "system_database_engine": _engine(url), "run_migrations": False}
 
 
 def _engine(url: str) -> sqlalchemy.Engine:

@@ -91,7 +91,6 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
         @functools.wraps(body)
         async def recorded(run_id: str, *rest: Any) -> State:
             bench = BENCH.fresh()
-            runs.set_stage(bench.store, run_id, name)
             attempt = await asyncio.to_thread(runs.begin_step, bench.store, run_id, name, "step")
             _at_work.add(run_id)
             try:

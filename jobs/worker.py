@@ -10,16 +10,18 @@ import traceback
 
 from jobs import runtime
 from jobs.dispatch import Dispatcher, has_news
-from jobs.finetune import bind, let_go
+from jobs.finetune import begin, bind, let_go
+from jobs.hosts import Post
 from jobs.tell_mlflow import tell_the_rest
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
 from registry.errors import FtError
+from registry.hosts import pauses
 from registry.project import Project, find_project
 from registry.settings import load_settings
 from registry.store import Store, open_store
 
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.02
 # Between two changes of the run rows: what DBOS itself has ended is noticed this late at most.
 QUIET_SECONDS = 0.5
 TELL_SECONDS, AWAY_SECONDS = 2.0, 30.0
@@ -43,24 +45,37 @@ def work(project: Project, *, forever: bool = False) -> None:
         return
     store, settings = open_store(project), load_settings(project)
     bind(project, store, settings)
-    runtime.launch(project)
+    runtime.launch(project, pauses(store))
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
-    changes, busy_at, dispatcher = store.database.changes(), time.monotonic(), Dispatcher(project, store)
+    changes, busy_at, post, dispatcher = (
+        store.database.changes(),
+        time.monotonic(),
+        Post(store),
+        Dispatcher(project, store),
+    )
     while True:
-        if _look(store, dispatcher):
+        if _look(store, post, dispatcher):
             busy_at = time.monotonic()
         idle = time.monotonic() - busy_at
         if not forever and idle > settings.worker_idle_seconds and _may_end(project, store):
+            post.leave()
             return
         changes.wait(QUIET_SECONDS, LOOK_SECONDS)
 
 
-def _look(store: Store, dispatcher: Dispatcher) -> bool:
+def _look(store: Store, post: Post, dispatcher: Dispatcher) -> bool:
     """One look at the run rows and the events; True while there is work. An error here must not end the worker."""
     try:
-        runtime.agree(store, let_go)
-        news = dispatcher.work()
-        return bool(news) or bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
+        post.keep()
+        news = 0
+        if post.leads:
+            news = dispatcher.work()
+            runtime.agree(store, begin, let_go, post.others())
+        else:
+            runtime.let_go_here(store, let_go)
+        busy = bool(news) or bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store)
+        post.mind_cards(busy)
+        return busy
     except Exception:
         traceback.print_exc()
         time.sleep(1)

@@ -1,7 +1,7 @@
 """Is a worker on, and starting one: what the CLI needs of it, without importing DBOS.
 
-Two locks make "submitted" imply "somebody will do it". A worker holds `worker.lock` while it lives. Who submits
-holds `gate.lock` shared while writing the run and looking for a worker; a worker that is about to end takes it
+Two locks make "submitted" imply "somebody will do it". A host's worker holds `worker-HOST.lock` while it lives. Who
+submits holds `gate.lock` shared while writing the run and looking for a worker; a worker that is about to end takes it
 exclusively, looks once more for work, and lets go of both only by ending.
 """
 
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from registry.file_locks import alone, is_held, open_lock, try_exclusive
+from registry.hosts import host_id
 from registry.project import Project
 
 LOCK_VARIABLE = "FT_WORKER_LOCK"
@@ -73,6 +74,12 @@ def worker_is_on(project: Project) -> bool:
         return is_held(lock)
 
 
+def worker_pid(project: Project) -> int | None:
+    """The process id of this host's worker, None if none is on."""
+    with _guarded(project) as lock:
+        return int(lock.read_text(encoding="utf-8") or 0) or None if is_held(lock) else None
+
+
 def take_worker_lock(project: Project) -> int | None:
     """The lock's descriptor, kept open for the life of the worker; None if there is a worker already."""
     if given := os.environ.pop(LOCK_VARIABLE, ""):  # the worker was born with it
@@ -98,8 +105,8 @@ def worker_log_tail(project: Project, lines: int = 15) -> str:
 @contextmanager
 def _guarded(project: Project) -> Iterator[Path]:
     """The worker's lock, with nobody else at it: to look is to try it, and who looks is not a worker."""
-    with alone(project.home / "worker.guard"):
-        yield project.home / "worker.lock"
+    with alone(project.home / f"worker-{host_id()}.guard"):
+        yield project.home / f"worker-{host_id()}.lock"
 
 
 def _write_pid(lock: int, pid: int) -> None:

@@ -56,6 +56,11 @@ TYPES: dict[str, EventType] = {
     "run.failed": EventType("a run failed; `ft resume` lets it go on", "run", {"state": TEXT}, FAILURE),
     "run.cancelled": EventType("a run was cancelled, and its card is free", "run", {"state": TEXT}, FAILURE),
     "run.tracker_away": EventType("MLflow did not answer; training goes on", "run", {}, FAILURE),
+    "host.lost": EventType(
+        "a host's worker was heard no more; its runs were handed on", "host", {"runs": {"type": "array", "items": TEXT}}
+    ),
+    "card.paused": EventType("nobody begins on the card", "host/card", {"by": TEXT}),
+    "card.resumed": EventType("the card takes work again", "host/card", {"by": TEXT}),
     "adapter.registered": EventType("a version is there, not judged yet", "model@N", {"run": TEXT}),
     "adapter.judged": EventType("a gate gave a verdict", "model@N", {"outcome": TEXT, "verdict": WHOLE}),
     "adapter.promoted": EventType(

@@ -63,4 +63,11 @@ MIGRATIONS = [
     CREATE INDEX runs_by_time ON runs (created);
     CREATE INDEX runs_with_wishes ON runs (wish) WHERE wish IS NOT NULL;
     """,
+    # Several hosts on one database: who lives, with which cards, and which cards nobody may begin on.
+    """
+    CREATE TABLE hosts (
+        id TEXT PRIMARY KEY, started REAL NOT NULL, beat INTEGER NOT NULL, seen REAL NOT NULL, body TEXT NOT NULL);
+    CREATE TABLE paused_cards (
+        host TEXT NOT NULL, card TEXT NOT NULL, by_whom TEXT NOT NULL, since REAL NOT NULL, PRIMARY KEY (host, card));
+    """,
 ]

@@ -7,6 +7,7 @@ reader's cursor would pass over an event that is committed late.
 from __future__ import annotations
 
 import re
+import select
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -89,7 +90,7 @@ class PostgresDatabase:
         if self._pool is None:
             self._pool = ConnectionPool(
                 self._url, min_size=0, max_size=20, open=True, timeout=PATIENCE_SECONDS,
-                check=ConnectionPool.check_connection,
+                check=_refuse_closed,
                 kwargs={"autocommit": True, "row_factory": dict_row, "options": f"-c lock_timeout={PATIENCE_SECONDS}s"},
             )  # fmt: skip
         return self._pool
@@ -139,6 +140,14 @@ class PostgresChanges:
             self._connection = None
             time.sleep(seconds)
             return True
+
+
+def _refuse_closed(connection: psycopg.Connection[Any]) -> None:
+    """A server that restarted has closed its end, which can be seen without asking it."""
+    import psycopg
+
+    if connection.closed or select.select([connection.fileno()], [], [], 0)[0]:
+        raise psycopg.OperationalError("the server has closed the connection")
 
 
 @lru_cache(maxsize=512)

@@ -153,11 +153,7 @@ def set_stage(store: Store, run_id: str, stage: str) -> None:
     if store.first("SELECT 1 AS same FROM runs WHERE id = ? AND stage = ? AND state = 'running'", (run_id, stage)):
         return  # said again several times a second: a write each time would wake everybody who waits for changes
     with store.writing() as connection:
-        connection.execute(
-            "UPDATE runs SET state = 'running', stage = ?, started = coalesce(started, ?) "
-            "WHERE id = ? AND state IN ('submitted', 'running')",
-            (stage, time.time(), run_id),
-        )
+        _set_stage_within(connection, run_id, stage)
 
 
 def note_result(store: Store, run_id: str, **facts: Any) -> None:
@@ -206,25 +202,22 @@ def mark_told(store: Store, run: Run) -> None:
 
 
 def begin_step(store: Store, run_id: str, name: str, kind: str) -> int:
-    """Write down that a step starts; the attempt's number, 1 for the first."""
+    """Write down that a step starts, which is the run's stage now; the attempt's number, 1 for the first."""
     with store.writing() as connection:
         row = connection.execute(
-            "SELECT coalesce(max(attempt), 0) + 1 AS n FROM steps WHERE run_id = ? AND name = ?",
-            (run_id, name),
+            "INSERT INTO steps (run_id, name, attempt, started, kind) SELECT ?, ?, coalesce(max(attempt), 0) + 1, ?, ? "
+            "FROM steps WHERE run_id = ? AND name = ? RETURNING attempt",
+            (run_id, name, time.time(), kind, run_id, name),
         ).fetchone()
-        connection.execute(
-            "INSERT INTO steps (run_id, name, attempt, started, kind) VALUES (?,?,?,?,?)",
-            (run_id, name, row["n"], time.time(), kind),
-        )
-        return int(row["n"])
+        _set_stage_within(connection, run_id, name)
+        return int(row["attempt"])
 
 
 def end_step(store: Store, run_id: str, name: str, attempt: int, note: dict[str, Any] | None = None) -> None:
-    with store.writing() as connection:
-        connection.execute(
-            "UPDATE steps SET finished = ?, note = ? WHERE run_id = ? AND name = ? AND attempt = ?",
-            (time.time(), dump(note or {}), run_id, name, attempt),
-        )
+    store.note(
+        "UPDATE steps SET finished = ?, note = ? WHERE run_id = ? AND name = ? AND attempt = ?",
+        (time.time(), dump(note or {}), run_id, name, attempt),
+    )
 
 
 def steps(store: Store, run_id: str) -> list[Step]:
@@ -233,6 +226,14 @@ def steps(store: Store, run_id: str) -> list[Step]:
         (run_id,),
     )
     return [Step(**{**row, "note": json.loads(row["note"] or "{}")}) for row in rows]
+
+
+def _set_stage_within(connection: Connection, run_id: str, stage: str) -> None:
+    connection.execute(
+        "UPDATE runs SET state = 'running', stage = ?, started = coalesce(started, ?) "
+        "WHERE id = ? AND state IN ('submitted', 'running')",
+        (stage, time.time(), run_id),
+    )
 
 
 def _run(row: dict[str, Any]) -> Run:

@@ -1,11 +1,13 @@
-"""The store in one SQLite file in WAL mode, through short-lived connections. Standard library only."""
+"""The store in one SQLite file in WAL mode. Standard library only."""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,55 @@ from registry.errors import StoreError
 from registry.file_locks import alone
 
 BUSY_SECONDS = 30
+KEPT = 4
 
 
 class SqliteDatabase:
+    """Connections are kept and used again: to open one takes as long as three writes."""
+
     def __init__(self, path: Path) -> None:
         self.path, self.place = path, str(path)
+        self._idle: deque[tuple[sqlite3.Connection, object]] = deque()
 
     @contextmanager
     def connected(self) -> Iterator[sqlite3.Connection]:
         try:
-            connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            connection, file = self._take()
             try:
-                connection.row_factory = sqlite3.Row
-                connection.execute("PRAGMA synchronous=NORMAL")
                 yield connection
-            finally:
+            except BaseException:
                 connection.close()
+                raise
+            self._give_back(connection, file)
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
             raise _unusable(self.path, error) from error
+
+    def _take(self) -> tuple[sqlite3.Connection, object]:
+        while self._idle:
+            with suppress(IndexError):  # another thread was faster
+                connection, file = self._idle.pop()
+                if file == self._file():
+                    return connection, file
+                connection.close()  # the file was removed, and perhaps made anew
+        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection, self._file()
+
+    def _give_back(self, connection: sqlite3.Connection, file: object) -> None:
+        if len(self._idle) < KEPT:
+            self._idle.append((connection, file))
+        else:
+            connection.close()
+
+    def _file(self) -> object:
+        try:
+            found = os.stat(self.path)
+            return found.st_dev, found.st_ino
+        except OSError:
+            return None
 
     def begin(self, connection: Any) -> None:
         connection.execute("BEGIN IMMEDIATE")

@@ -85,6 +85,11 @@ class Store:
         rows = self.read(sql, values)
         return rows[0] if rows else None
 
+    def note(self, sql: str, values: Sequence[Any] = ()) -> None:
+        """One statement on its own: cheaper than `writing`, for what nobody waits for or reads in order."""
+        with self.database.connected() as connection:
+            connection.execute(sql, values)
+
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """One transaction that holds the write lock from its start; rolled back if the block raises."""

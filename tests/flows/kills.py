@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.worker_process import worker_is_on
+from jobs.worker_process import worker_is_on, worker_pid
 from registry import adapters, runs
 from registry.job_folder import JobFolder
 from registry.project import Project
@@ -81,7 +81,7 @@ def _kill_one(person: Person, run_id: str, dice: random.Random, done: Sweep) -> 
 
 
 def _worker(project: Project) -> int | None:
-    return int((project.home / "worker.lock").read_text() or 0) if worker_is_on(project) else None
+    return worker_pid(project)
 
 
 def _trainer(project: Project, run_id: str) -> int | None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jobs.worker_process import close_gate, submitting, take_worker_lock, worker_is_on, worker_log_tail
+from jobs.worker_process import close_gate, submitting, take_worker_lock, worker_is_on, worker_log_tail, worker_pid
 from registry.project import Project
 from tests.conftest import all_at_once, run_bounded, started
 
@@ -59,7 +59,7 @@ def test_a_worker_is_on_while_its_process_lives(project: Project) -> None:
         assert first_line(worker) == "True"
         assert worker_is_on(project)
         assert take_worker_lock(project) is None
-        assert (project.home / "worker.lock").read_text() == str(worker.pid)
+        assert worker_pid(project) == worker.pid
         worker.kill()
         worker.wait(10)
         assert not worker_is_on(project)

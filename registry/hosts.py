@@ -1,0 +1,161 @@
+"""Hosts: machines whose workers share one database, their cards, and which of the cards are paused.
+
+A worker raises its `beat` every few seconds. Whether it lives is judged by whoever watches, on the watcher's own
+monotonic clock (`Pulse`): clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from registry.cards import Card, list_cards, pick_card
+from registry.errors import WrongInput
+from registry.events import append_within, new_event
+from registry.store import Store, dump
+
+BEAT_SECONDS = 5.0
+LOST_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class HostCard:
+    """A card and where it is; `name` is what a recipe may say: HOST/CARD."""
+
+    host: str
+    card: Card
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}/{self.card.name}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine with a worker. `seen` is when its worker last wrote (Unix time, by that machine's clock)."""
+
+    id: str
+    started: float
+    beat: int
+    seen: float
+    cards: tuple[Card, ...]
+    pid: int
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Nobody begins on the card; what is at work on it goes on."""
+
+    by_whom: str
+    since: float
+
+
+class Pulse:
+    """Which hosts live, as far as this process has seen them beat. At first all that are known do."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def living(self, known: Iterable[Host]) -> list[Host]:
+        now, living = time.monotonic(), []
+        for host in known:
+            beat, since = self._seen.get(host.id, (None, now))
+            if beat != host.beat:
+                since = now
+            self._seen[host.id] = (host.beat, since)
+            if now - since < LOST_SECONDS:
+                living.append(host)
+        return living
+
+
+def host_id() -> str:
+    """This machine's name in queues and rows: `FT_HOST`, or its hostname."""
+    name = os.environ.get("FT_HOST") or socket.gethostname()
+    return "".join(each if each.isascii() and each.isalnum() else "-" for each in name.lower()) or "host"
+
+
+def served_cards() -> list[Card]:
+    """The cards of this machine that its worker serves; the CPU always is one."""
+    found = {card.name: card for card in [*list_cards(), pick_card("cpu")]}
+    return list(found.values())
+
+
+def beat(store: Store, host: str, started: float, cards: Iterable[Card]) -> None:
+    """Say that the host's worker lives, and what it has."""
+    body = dump({"cards": [asdict(card) for card in cards], "pid": os.getpid()})
+    with store.writing() as connection:
+        connection.execute(
+            "INSERT INTO hosts (id, started, beat, seen, body) VALUES (?,?,1,?,?) ON CONFLICT (id) DO UPDATE "
+            "SET started = excluded.started, beat = hosts.beat + 1, seen = excluded.seen, body = excluded.body",
+            (host, started, time.time(), body),
+        )
+
+
+def leave(store: Store, host: str) -> None:
+    """The host's worker ends in order: nobody need wait for its heartbeat."""
+    with store.writing() as connection:
+        connection.execute("DELETE FROM hosts WHERE id = ?", (host,))
+
+
+def hosts(store: Store) -> list[Host]:
+    """All that have beaten and not left, by name."""
+    found = []
+    for row in store.read("SELECT * FROM hosts ORDER BY id"):
+        body = json.loads(row.pop("body"))
+        found.append(Host(**row, cards=tuple(Card(**each) for each in body["cards"]), pid=body["pid"]))
+    return found
+
+
+def pauses(store: Store) -> dict[str, Pause]:
+    """The paused cards, by HOST/CARD."""
+    rows = store.read("SELECT * FROM paused_cards ORDER BY host, card")
+    return {f"{row['host']}/{row['card']}": Pause(row["by_whom"], row["since"]) for row in rows}
+
+
+def pause_card(store: Store, place: HostCard, by_whom: str) -> bool:
+    """False if it was paused already."""
+    with store.writing() as connection:
+        done = connection.execute(
+            "INSERT INTO paused_cards VALUES (?,?,?,?) ON CONFLICT DO NOTHING",
+            (place.host, place.card.name, by_whom, time.time()),
+        )
+        if done.rowcount:
+            append_within(connection, new_event("ft/hosts", "card.paused", place.name, {"by": by_whom}))
+        return bool(done.rowcount)
+
+
+def resume_card(store: Store, place: HostCard, by_whom: str) -> bool:
+    """False if it was not paused."""
+    with store.writing() as connection:
+        done = connection.execute("DELETE FROM paused_cards WHERE host = ? AND card = ?", (place.host, place.card.name))
+        if done.rowcount:
+            append_within(connection, new_event("ft/hosts", "card.resumed", place.name, {"by": by_whom}))
+        return bool(done.rowcount)
+
+
+def all_cards(known: Iterable[Host]) -> list[HostCard]:
+    """This host's cards first, then those of the others."""
+    here = [HostCard(host_id(), card) for card in served_cards()]
+    return here + [HostCard(each.id, card) for each in known if each.id != host_id() for card in each.cards]
+
+
+def choose_card(wanted: str, there: list[HostCard], paused: Iterable[str], busy: dict[str, int]) -> HostCard:
+    """The card for a recipe's `card:`; `there` has this host's cards first, `busy` says how many runs want each.
+
+    'auto' takes an accelerator before a CPU, one that is not paused, the least wanted, and one of this host before
+    others. Raises WrongInput where there is no such card. Pure.
+    """
+    paused = set(paused)
+    fitting = [each for each in there if _fits(each, wanted)]
+    if not fitting:
+        raise WrongInput(f"no card '{wanted}'", place="card",
+                         fix=f"there is: {', '.join(each.name for each in there)}; `ft cards` shows them")  # fmt: skip
+    return min(fitting, key=lambda each: (each.name in paused, each.card.is_cpu, busy.get(each.name, 0)))
+
+
+def _fits(place: HostCard, wanted: str) -> bool:
+    return wanted == "auto" or wanted.replace(":", "-") in (place.card.name, place.name.replace(":", "-"))

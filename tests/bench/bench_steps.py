@@ -1,0 +1,116 @@
+"""`python -m tests.bench.bench_steps [COUNT]`: what our layer costs on top of the durable engine, beside it in one run.
+
+Per database: starting a run (row, event and workflow) against starting a bare workflow; a step of ours against a bare
+step; and whole workflows of ten steps a second. Prints one JSON line: medians in milliseconds, and the ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dbos import DBOS, SetWorkflowID
+
+from jobs import runtime
+from jobs.finetune import bind
+from jobs.steps import State, step
+from registry import runs
+from registry.project import Project
+from registry.settings import load_settings
+from registry.store import Store, open_store
+from tests.postgres_server import postgres_server
+
+STEPS = 10
+RECIPE = {"name": "bench", "model": "bench"}
+
+
+@step("ours")
+async def our_step(bench: Any, run_id: str) -> State:
+    return {}
+
+
+@DBOS.step(name="bare", preemptible=True)
+async def bare_step(run_id: str) -> State:
+    return {}
+
+
+@DBOS.workflow(name="ours")
+async def our_workflow(run_id: str) -> float:
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        await our_step(run_id)
+    return (time.perf_counter() - began) / STEPS
+
+
+@DBOS.workflow(name="bare")
+async def bare_workflow(run_id: str) -> float:
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        await bare_step(run_id)
+    return (time.perf_counter() - began) / STEPS
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    with ExitStack() as stack:
+        if os.environ.get("BENCH_DATABASE") == "postgres":
+            os.environ["FT_DATABASE_URL"] = stack.enter_context(postgres_server()).url
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        project = Project(root, root / ".ft", root / "cache")
+        project.home.mkdir()
+        store = open_store(project)
+        bind(project, store, load_settings(project))
+        runtime.launch(project)
+        print(json.dumps({"database": os.environ.get("BENCH_DATABASE", "sqlite"), **measure(store, count)}), flush=True)
+        os._exit(0)
+
+
+def measure(store: Store, count: int) -> dict[str, Any]:
+    """One of ours, one bare, one of ours..., so that a noisy machine is noisy for both."""
+    for number in range(5):
+        _one(our_workflow, _submit(store, f"warm-{number}"))
+        _one(bare_workflow, f"warm-bare-{number}")
+    times: dict[str, list[float]] = {
+        name: [] for name in ("start", "start_bare", "step", "step_bare", "all", "all_bare")
+    }
+    for number in range(count):
+        for name, flow, submit in (("", our_workflow, True), ("_bare", bare_workflow, False)):
+            began = time.perf_counter()
+            run_id = _submit(store, f"{number}") if submit else f"bare-{number}"
+            handle = _start(flow, run_id)
+            times[f"start{name}"].append(time.perf_counter() - began)
+            times[f"step{name}"].append(handle.get_result(polling_interval_sec=0.001))
+            times[f"all{name}"].append(time.perf_counter() - began)
+    medians = {f"{name}_ms": round(statistics.median(each) * 1000, 3) for name, each in times.items()}
+    ratios = {
+        f"{name}_ratio": round(medians[f"{name}_ms"] / medians[f"{name}_bare_ms"], 2)
+        for name in ("start", "step", "all")
+    }
+    return {**medians, **ratios, "count": count}
+
+
+def _submit(store: Store, name: str) -> str:
+    with store.writing() as connection:
+        runs.submit_within(connection, f"bench-{name}", RECIPE, "recipes/bench.yaml", "0")
+    return f"bench-{name}"
+
+
+def _start(flow: Callable[..., Any], run_id: str) -> Any:
+    with SetWorkflowID(run_id):
+        return DBOS.start_workflow(flow, run_id)
+
+
+def _one(flow: Callable[..., Any], run_id: str) -> None:
+    _start(flow, run_id).get_result(polling_interval_sec=0.001)
+
+
+if __name__ == "__main__":
+    main()
