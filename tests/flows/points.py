@@ -89,7 +89,7 @@ POINTS: list[Point] = [
     *_around("decide", "registry.decisions:settle"),
     _inside("decide", "registry.decisions:_write", "the decision"),
     _inside("decide", "registry.runs:submit_within", "the run's row"),
-    *_around("submit", "jobs.runtime:_enqueue"),
+    *_around("submit", "jobs.finetune:begin"),
     # The steps' boundaries.
     *(point for step in STEPS for point in _boundaries(step)),
     # Inside the steps: around what each does outside.
