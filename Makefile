@@ -52,10 +52,11 @@ kills: setup
 
 # kill -9 of every process of a run, at each point of tests/flows/points.py and then at random; the counts as JSON.
 # SEED, DATABASE (sqlite or postgres), POINTS (all, none, or a part of their names), COUNT (kills at random), REAL (runs
-# with the real trainer), RESTARTS (runs while Postgres is restarted every 5 to 20 s).
+# with the real trainer), RESTARTS (runs while Postgres is restarted every 5 to 20 s), ENGINE (vllm or canned).
 sweep-kill: setup
 	$(BIN)/python -m tests.flows.sweep --seed $(or $(SEED),1) --database $(or $(DATABASE),sqlite) \
-		--points "$(or $(POINTS),all)" --count $(or $(COUNT),200) --real $(or $(REAL),20) --restarts $(or $(RESTARTS),10)
+		--points "$(or $(POINTS),all)" --count $(or $(COUNT),200) --real $(or $(REAL),20) --restarts $(or $(RESTARTS),10) \
+		--engine $(or $(ENGINE),vllm)
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

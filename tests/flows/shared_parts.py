@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from jobs.fetch_base import fetch_base
 from registry.base_models import BaseModel
@@ -20,11 +24,41 @@ from registry.recipe import Base, Finetune, Serve
 from registry.settings import Settings
 from serving.vllm_process import EngineConfig, VllmProcess, start_vllm
 from tests.conftest import ROOT, SMOL
+from tests.fakes.adapter_folder import make_adapter, save_weights
+from tests.fakes.answering_engine import KEY, AnsweringEngine
 from tests.flows.swept_project import write_splits
 from tests.tiny_base import save_tiny_base
 
 TRAINER_SECONDS = 300
 FACTS = {"source": "tiny", "revision": "1", "licence": "Apache-2.0"}
+
+
+HEARD = {"train": [-0.1, -0.2], "bf16": [-0.1, -0.2]}
+BASE_HEARD = {"train": [-5.0, -6.0], "bf16": [-5.0, -6.0]}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Folders of a base model and of an adapter on it, address and key of an engine that can serve both."""
+
+    base: Path
+    adapter: Path
+    engine: tuple[str, str]
+
+
+@contextmanager
+def real_parts(home: Path) -> Iterator[Shared]:
+    base = make_tiny_base(home)
+    adapter = train_adapter(home, base)
+    with shared_engine(home, base) as engine:
+        yield Shared(home / "models" / base.folder, adapter, engine)
+
+
+@contextmanager
+def canned_parts(home: Path) -> Iterator[Shared]:
+    """Without torch and vLLM: an engine that answers from memory, and from the adapter's fingerprint."""
+    with AnsweringEngine(lambda model, messages, attempt: "refund") as engine:
+        yield Shared(_canned_base(home / "base"), _canned_adapter(home / "made"), (engine.url, KEY))
 
 
 def make_tiny_base(home: Path) -> BaseModel:
@@ -74,3 +108,23 @@ def shared_engine(home: Path, base: BaseModel) -> Iterator[tuple[str, str]]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+def _canned_base(folder: Path) -> Path:
+    """What of a base model is looked at without loading it."""
+    folder.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = {"model.layers.0.self_attn.q_proj.weight": np.zeros((16, 16), np.float32)}
+    save_weights(folder / "model.safetensors", weights)
+    return folder
+
+
+def _canned_adapter(folder: Path) -> Path:
+    """An adapter as a trainer leaves it."""
+    make_adapter(folder)
+    sample = {"messages": [{"role": "user", "content": "Who?"}], "prompt_ids": [1, 2, 3], "continuation_ids": [4, 5],
+              "logprobs": HEARD, "base_logprobs": BASE_HEARD}  # fmt: skip
+    content = {"template_sha256": "0" * 64, "precision": "none", "samples": [sample]}
+    (folder / "fingerprint.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder

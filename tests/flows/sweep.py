@@ -27,7 +27,7 @@ from registry.triggers import run_id_of
 from tests.flows.invariants import violations
 from tests.flows.points import POINTS, Point
 from tests.flows.restarts import Noise, Restarts
-from tests.flows.shared_parts import make_tiny_base, shared_engine, train_adapter
+from tests.flows.shared_parts import Shared, canned_parts, real_parts
 from tests.flows.swept_project import MODEL, Parts, Swept, swept_project
 from tests.postgres_server import PostgresServer, postgres_server
 
@@ -36,6 +36,7 @@ RUN_SECONDS = 300.0
 RESUMES = 8
 # A run takes some ten seconds.
 SPREAD_SECONDS = (0.2, 6.0)
+ENGINES = {"vllm": real_parts, "canned": canned_parts}
 ROLES = ("worker", "worker", "trainer", "server", "engine")
 
 
@@ -179,16 +180,14 @@ def main() -> None:
     found: dict[str, Any] = {"seed": asked.seed, "database": asked.database}
     with ExitStack() as stack:
         postgres = stack.enter_context(postgres_server()) if asked.database == "postgres" else None
-        base = make_tiny_base(folder)
-        adapter = train_adapter(folder, base)
-        engine = stack.enter_context(shared_engine(folder, base))
-        plan = Plan(folder, folder / "models" / base.folder, engine, postgres, random.Random(asked.seed))
+        shared = stack.enter_context(ENGINES[asked.engine](folder))
+        plan = Plan(folder, shared, postgres, random.Random(asked.seed))
         if asked.points != "none" or asked.count:
-            found["torch-free trainer"] = plan.torch_free(adapter, chosen(asked.points), asked.count)
+            found["torch-free trainer"] = plan.torch_free(chosen(asked.points), asked.count)
         if asked.real:
             found["real trainer"] = plan.real(asked.real)
         if postgres and asked.restarts:
-            found["Postgres restarted"] = plan.restarts(adapter, asked.restarts)
+            found["Postgres restarted"] = plan.restarts(asked.restarts)
     print(json.dumps(found, indent=1))
     wrong = [each for part in found.values() if isinstance(part, dict) for each in part["violations"]]
     if not wrong:
@@ -201,13 +200,12 @@ class Plan:
     """The parts of a sweep, each with a project of its own below `folder`."""
 
     folder: Path
-    base: Path
-    engine: tuple[str, str]
+    shared: Shared
     postgres: PostgresServer | None
     dice: random.Random
 
-    def torch_free(self, adapter: Path, points: list[Point], kills: int) -> dict[str, Any]:
-        with self._project("torch-free", adapter) as swept:
+    def torch_free(self, points: list[Point], kills: int) -> dict[str, Any]:
+        with self._project("torch-free", self.shared.adapter) as swept:
             return summary(sweep(swept, points, kills, self.dice), points=len(points))
 
     def real(self, runs_: int) -> dict[str, Any]:
@@ -219,10 +217,10 @@ class Plan:
                 for number, each in enumerate(most, 1)
             ])  # fmt: skip
 
-    def restarts(self, adapter: Path, runs_: int) -> dict[str, Any]:
+    def restarts(self, runs_: int) -> dict[str, Any]:
         """Runs while Postgres is restarted every 5 to 20 s and others append events; nobody is killed."""
         assert self.postgres is not None
-        with self._project("restarts", adapter) as swept:
+        with self._project("restarts", self.shared.adapter) as swept:
             trials = [_told(at_random(swept, self.dice, 0, "before the restarts"))]
             with Restarts(self.postgres, self.dice) as restarts, Noise(swept) as noise:
                 trials += [
@@ -237,7 +235,7 @@ class Plan:
     def _project(self, name: str, adapter: Path | None) -> AbstractContextManager[Swept]:
         (self.folder / name).mkdir()
         url = self.postgres.new_database(name) if self.postgres else ""
-        return swept_project(self.folder / name, Parts(self.base, adapter, self.engine, url))
+        return swept_project(self.folder / name, Parts(self.shared.base, adapter, self.shared.engine, url))
 
 
 def chosen(names: str) -> list[Point]:
@@ -249,6 +247,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make sweep-kill", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--database", choices=["sqlite", "postgres"], default="sqlite")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="vllm", help="canned: neither vLLM nor torch")
     parser.add_argument("--points", default="all", help="all, none, or a part of their names")
     parser.add_argument("--count", type=int, default=200, help="kills at random, with the torch-free trainer")
     parser.add_argument("--real", type=int, default=20, help="runs with the real trainer")
