@@ -15,10 +15,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from registry import runs
 from registry.errors import NotFound, StoreError
@@ -31,6 +33,7 @@ from tests.flows.shared_parts import Shared, canned_parts, real_parts
 from tests.flows.swept_project import MODEL, Parts, Swept, swept_project
 from tests.postgres_server import PostgresServer, postgres_server
 
+Value = TypeVar("Value")
 RUN_SECONDS = 300.0
 # A person resumes a run that gave up (its trainer died four times, its engine in the evaluation).
 RESUMES = 8
@@ -49,6 +52,7 @@ class Trial:
     resumes: int = 0
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
+    event: Event | None = None
 
     @property
     def line(self) -> str:
@@ -82,9 +86,15 @@ def at_random(
     swept: Swept, dice: random.Random, most: int, name: str, spread: tuple[float, float] = SPREAD_SECONDS
 ) -> Trial:
     """One run in which up to `most` processes are killed at random moments."""
+    return _checked(swept, _run_through(swept, dice, most, name, spread))
+
+
+def _run_through(
+    swept: Swept, dice: random.Random, most: int, name: str, spread: tuple[float, float] = SPREAD_SECONDS
+) -> Trial:
     trial, began = Trial(name), time.monotonic()
     swept.keep_up()
-    event, run_id = _news(swept, dice.choice(["event", "event", "dataset"]))
+    trial.event, run_id = _news(swept, dice.choice(["event", "event", "dataset"]))
     due = time.monotonic() + dice.uniform(*spread)
     while not _is_over(swept, run_id, trial, began):
         if len(trial.killed) < most and time.monotonic() > due:
@@ -93,27 +103,48 @@ def at_random(
                 trial.killed.append(f"{role} at {_stage(swept, run_id)}")
             due = time.monotonic() + dice.uniform(*spread)
         _keep_on(swept, run_id, trial)
-    trial.wrong = violations(swept, event, run_id)
     trial.seconds = time.monotonic() - began
+    return trial
+
+
+def _checked(swept: Swept, trial: Trial) -> Trial:
+    assert trial.event is not None
+    trial.wrong += violations(swept, trial.event, run_id_of(MODEL, trial.event))
     return trial
 
 
 def _news(swept: Swept, kind: str) -> tuple[Event, str]:
     """Something happens; the event, once it is in the log, and the run that it must start."""
+    known, deadline = {each.ref for each in _external(swept)}, time.monotonic() + RUN_SECONDS
     if kind == "event":
         event = new_event("tests/sweep", "external.go", "", {})
-        append(swept.store, event)
-        return next(each for each in read(swept.store, type_="external.go") if each.ref == event.ref), run_id_of(
-            MODEL, event
-        )
-    before = len(read(swept.store, type_="dataset.versioned"))
-    swept.change_data()
-    deadline = time.monotonic() + RUN_SECONDS
-    while len(found := read(swept.store, type_="dataset.versioned")) == before:
+        _patiently(swept, lambda: append(swept.store, event))
+    else:
+        swept.change_data()
+    while not (fresh := [each for each in _external(swept) if each.ref not in known]):
         assert time.monotonic() < deadline, "the changed dataset was not noticed"
         swept.keep_up()
         time.sleep(0.1)
-    return found[-1], run_id_of(MODEL, found[-1])
+    return fresh[0], run_id_of(MODEL, fresh[0])
+
+
+def _external(swept: Swept) -> list[Event]:
+    """The events that start runs."""
+    types = ("external.go", "dataset.versioned")
+    return [event for each in types for event in _patiently(swept, partial(read, swept.store, type_=each))]
+
+
+def _patiently(swept: Swept, ask: Callable[[], Value]) -> Value:
+    """Ask the database, again while it is away for a moment."""
+    deadline = time.monotonic() + RUN_SECONDS
+    while True:
+        try:
+            return ask()
+        except StoreError:
+            if time.monotonic() > deadline:
+                raise
+        swept.keep_up()
+        time.sleep(0.1)
 
 
 def _is_over(swept: Swept, run_id: str, trial: Trial, began: float) -> bool:
@@ -134,7 +165,7 @@ def _keep_on(swept: Swept, run_id: str, trial: Trial) -> None:
             trial.resumes += 1
             runs.set_wish(swept.store, run_id, "resume")
             runs.reopen(swept.store, run_id)
-    except (NotFound, StoreError):
+    except (NotFound, StoreError):  # no run yet, or the database is away for a moment
         pass
     time.sleep(0.1)
 
@@ -223,10 +254,8 @@ class Plan:
         with self._project("restarts", self.shared.adapter) as swept:
             trials = [_told(at_random(swept, self.dice, 0, "before the restarts"))]
             with Restarts(self.postgres, self.dice) as restarts, Noise(swept) as noise:
-                trials += [
-                    _told(at_random(swept, self.dice, 0, "Postgres restarts"), f"{number}/{runs_} ")
-                    for number in range(1, runs_ + 1)
-                ]
+                begun = [_run_through(swept, self.dice, 0, "Postgres restarts") for _ in range(runs_)]
+            trials += [_told(_checked(swept, each)) for each in begun]
             lost = noise.lost()
             if lost:
                 trials[0].wrong.append(f"events lost or doubled: {lost}")
