@@ -43,7 +43,7 @@ from registry.store import Store
 from serving.control import engine_for, server_status
 
 MAX_LORA_RANK = 64
-LOST_TRAINERS = 3
+LOST_TRAINERS, ENGINE_DEATHS = 3, 3
 WATCH_SECONDS = 0.3
 SERVED_SECONDS = 300.0
 
@@ -310,13 +310,20 @@ async def _ask_on_engine(
     def progress(done: int, total: int) -> None:
         runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
 
-    runs.set_stage(bench.store, run_id, "starting the engine")
-    entered, serve = time.monotonic(), bench.recipe(run_id).serve
-    async with engine_for(bench.project, bench.store, bench.settings, base, serve, card) as engine:
-        bench.note_outside("engine", time.monotonic() - entered)
-        asking = evaluate(bench.project, bench.store, engine, request, progress)
-        scored = await bench.outside("evaluation", asking)
-        left = time.monotonic()
+    for deaths in range(1, ENGINE_DEATHS + 1):
+        runs.set_stage(bench.store, run_id, "starting the engine")
+        entered, serve = time.monotonic(), bench.recipe(run_id).serve
+        async with engine_for(bench.project, bench.store, bench.settings, base, serve, card) as engine:
+            bench.note_outside("engine", time.monotonic() - entered)
+            try:
+                asking = evaluate(bench.project, bench.store, engine, request, progress)
+                scored = await bench.outside("evaluation", asking)
+                break
+            except EngineError:  # of one that has died: another is started, and asked what was not scored yet
+                if deaths == ENGINE_DEATHS or await engine.healthy():
+                    raise
+            finally:
+                left = time.monotonic()
     bench.note_outside("engine", time.monotonic() - left)
     return scored
 

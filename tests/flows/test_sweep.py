@@ -22,25 +22,23 @@ def test_one_run_killed_once_in_each_step(tmp_path: Path) -> None:
     ):
         trial = at_points(swept, chosen(), "each step")
     assert not trial.wrong, trial.line
+    assert not trial.resumes, "nobody had to look after it"
     assert len(trial.killed) == len(chosen())
 
 
 def chosen() -> list[Point]:
+    """The next order is given a moment after a death: so each point lies behind something that takes a second."""
     names = [
-        "decide: before the commit of the run's row",
         "take turn: done, before it is written down",
         "pin: before the engine of runs commits it",
         "plan: after write_spec",
         "train: the lease names a result that is not there (trainer)",
-        "train: before the engine of runs commits it",
         "register: before the commit of the version",
-        "evaluate: after keep_score",
+        "evaluate: its engine dies (engine)",
         "judge: after add_verdict",
-        "promote: after promote",
-        "wait until served: after probe (server)",
-        "wait until served: done, before it is written down",
+        "promote: before the commit of the move",
+        "wait until served: the engine dies in the probe (engine)",
         "conclude: before the commit of the end",
-        "the engine of runs: before update_workflow_outcome",
     ]
     by_name = {each.name: each for each in POINTS}
     return [by_name[name] for name in names]
