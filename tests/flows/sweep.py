@@ -34,7 +34,8 @@ from tests.flows.swept_project import MODEL, Parts, Swept, swept_project
 from tests.postgres_server import PostgresServer, postgres_server
 
 Value = TypeVar("Value")
-RUN_SECONDS = 300.0
+# Of a run, and of every death in it: a worker that starts anew has seconds of imports before it.
+RUN_SECONDS, DEATH_SECONDS = 300.0, 60.0
 # A person resumes a run that gave up (its trainer died four times, its engine in the evaluation).
 RESUMES = 8
 # A run takes some ten seconds.
@@ -148,7 +149,7 @@ def _patiently(swept: Swept, ask: Callable[[], Value]) -> Value:
 
 
 def _is_over(swept: Swept, run_id: str, trial: Trial, began: float) -> bool:
-    if time.monotonic() - began > RUN_SECONDS:
+    if time.monotonic() - began > RUN_SECONDS + DEATH_SECONDS * len(trial.killed):
         return True
     try:
         run = runs.get(swept.store, run_id)

@@ -15,6 +15,7 @@ from tests.flows.swept_project import Parts, swept_project
 pytestmark = pytest.mark.filterwarnings("default")
 
 
+@pytest.mark.timeout(1200)
 def test_one_run_killed_once_in_each_step(tmp_path: Path) -> None:
     with (
         canned_parts(tmp_path) as shared,
