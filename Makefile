@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale sweep-kill docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -67,6 +67,14 @@ bench-events: setup
 # 10,000 runs and 1,000,000 events, on SQLite and on Postgres; prints the figures as JSON, in some five minutes.
 bench-scale: setup
 	$(BIN)/python -m tests.bench.bench_scale
+
+# kill -9 of every process of a run, at each point of tests/flows/points.py and then at random; the counts as JSON.
+# SEED, DATABASE (sqlite or postgres), POINTS (all, none, or a part of their names), COUNT (kills at random), REAL (runs
+# with the real trainer), RESTARTS (runs while Postgres is restarted every 5 to 20 s), ENGINE (vllm or canned).
+sweep-kill: setup
+	$(BIN)/python -m tests.flows.sweep --seed $(or $(SEED),1) --database $(or $(DATABASE),sqlite) \
+		--points "$(or $(POINTS),all)" --count $(or $(COUNT),200) --real $(or $(REAL),20) --restarts $(or $(RESTARTS),10) \
+		--engine $(or $(ENGINE),vllm)
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

@@ -45,6 +45,7 @@ from registry.store import Store
 from serving.control import engine_for, server_status
 
 MAX_LORA_RANK = 64
+ENGINE_DEATHS = 3
 WATCH_SECONDS = 0.3
 SERVED_SECONDS = 300.0
 
@@ -139,7 +140,8 @@ async def train(bench: Bench, run_id: str, plan: State) -> State:
     """Have a trainer do the job on the card; started again if it is lost, from its last checkpoint."""
     await _base_here(bench, bench.recipe(run_id))
     card = pick_card(plan["card"])
-    watch = JobWatch(bench, run_id, bench.recipe(run_id), LocalCard(bench.project, card), card.name)
+    target = LocalCard(bench.project, card, bench.settings.trainer_python)
+    watch = JobWatch(bench, run_id, bench.recipe(run_id), target, card.name)
     tracking = asyncio.create_task(keep_telling(bench, run_id, plan))
     with marker(bench.project, card, "train"):
         try:
@@ -336,13 +338,20 @@ async def _ask_on_engine(
         with suppress(StoreError):  # nothing that an engine should be started again for
             runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
 
-    runs.set_stage(bench.store, run_id, "starting the engine")
-    entered, serve = time.monotonic(), bench.recipe(run_id).serve
-    async with engine_for(bench.project, bench.store, bench.settings, base, serve, card) as engine:
-        bench.note_outside("engine", time.monotonic() - entered)
-        asking = evaluate(bench.project, bench.store, engine, request, progress)
-        scored = await bench.outside("evaluation", asking)
-        left = time.monotonic()
+    for deaths in range(1, ENGINE_DEATHS + 1):
+        runs.set_stage(bench.store, run_id, "starting the engine")
+        entered, serve = time.monotonic(), bench.recipe(run_id).serve
+        async with engine_for(bench.project, bench.store, bench.settings, base, serve, card) as engine:
+            bench.note_outside("engine", time.monotonic() - entered)
+            try:
+                asking = evaluate(bench.project, bench.store, engine, request, progress)
+                scored = await bench.outside("evaluation", asking)
+                break
+            except EngineError:  # of one that has died: another is started, and asked what was not scored yet
+                if deaths == ENGINE_DEATHS or await engine.healthy():
+                    raise
+            finally:
+                left = time.monotonic()
     bench.note_outside("engine", time.monotonic() - left)
     return scored
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -45,8 +45,8 @@ def main() -> None:
     sys.exit(run_job(JobFolder(Path(sys.argv[1]).resolve())))
 
 
-def run_job(job: JobFolder) -> int:
-    """Do the job unless it is done; the exit code."""
+def run_job(job: JobFolder, backend_of: Callable[[str], Backend] | None = None) -> int:
+    """Do the job unless it is done; the exit code. `backend_of` gives what trains, by the recipe's name for it."""
     done = job.result()
     if done and done["status"] == "ok":
         return OK
@@ -55,16 +55,16 @@ def run_job(job: JobFolder) -> int:
     except LeaseLost:
         return TAKEN
     with claim.kept(), _sigterm_asks_to_stop(claim):
-        result = _attempt(job, claim)
+        result = _attempt(job, claim, backend_of or _backend)
         return claim.publish(result)
 
 
-def _attempt(job: JobFolder, claim: Claim) -> dict[str, Any]:
+def _attempt(job: JobFolder, claim: Claim, backend_of: Callable[[str], Backend]) -> dict[str, Any]:
     """Train; the result, whatever happened."""
     started = time.monotonic()
     try:
         task = _task(job, claim)
-        backend = _backend(task.recipe.train.backend)
+        backend = backend_of(task.recipe.train.backend)
         trained = backend.train(task)
         claim.flush()
         if trained.stopped is None:

@@ -131,7 +131,14 @@ def aliases(store: Store, model: str) -> dict[str, int]:
 def add_verdict(
     store: Store, model: str, version: int, outcome: str, body: dict[str, Any], run_id: str | None
 ) -> Verdict:
+    """Write down what the gate said. A run that says the same again (its step was repeated) has said it once."""
     with store.writing() as connection:
+        last = connection.execute(
+            "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
+        ).fetchone()
+        said = (run_id, outcome, dump(body))
+        if last and run_id and (last["run_id"], last["outcome"], last["body"]) == said:
+            return _verdict(dict(last))
         done = connection.execute(
             "INSERT INTO verdicts (model, version, outcome, body, run_id, created) VALUES (?,?,?,?,?,?) RETURNING id",
             (model, version, outcome, dump(body), run_id, time.time()),

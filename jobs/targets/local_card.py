@@ -27,10 +27,13 @@ _started: list[subprocess.Popen[bytes]] = []
 
 
 class LocalCard:
-    """Starts `python -m jobs.trainer FOLDER` while holding the card's lock, which the trainer keeps."""
+    """Starts `python -m jobs.trainer FOLDER` while holding the card's lock, which the trainer keeps.
 
-    def __init__(self, project: Project, card: Card) -> None:
-        self.project, self.card = project, card
+    `python` is the one whose environment trains; this process's where none is named.
+    """
+
+    def __init__(self, project: Project, card: Card, python: str = "") -> None:
+        self.project, self.card, self.python = project, card, python or sys.executable
 
     def launch(self, folder: Path) -> bool:
         job = JobFolder(folder)
@@ -92,7 +95,7 @@ class LocalCard:
         visible = "" if self.card.is_cpu else str(self.card.index)
         with job.log.open("ab") as log:
             trainer = subprocess.Popen(
-                [sys.executable, "-m", "jobs.trainer", str(job.path)],
+                [self.python, "-m", "jobs.trainer", str(job.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -6,9 +6,11 @@ It answers from a function instead of a model. Faults are asked for by the answe
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -62,6 +64,8 @@ class AnsweringEngine:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/v1/completions", self._score)
         app.router.add_post("/v1/load_lora_adapter", self._load)
         app.router.add_post("/v1/unload_lora_adapter", self._unload)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -115,6 +119,26 @@ class AnsweringEngine:
             return await self._reply(request, self.answer(body["model"], body["messages"], attempt))
         finally:
             self.at_once -= 1
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        ids = [each["prompt_ids"] for each in self._samples(body["model"]) if each["messages"] == body["messages"]]
+        return web.json_response({"tokens": ids[0] if ids else []})
+
+    async def _score(self, request: web.Request) -> web.Response:
+        """Prompt logprobs, for prompts of the adapter's own fingerprint: those that the trainer heard."""
+        body = await request.json()
+        for sample in self._samples(body["model"]):
+            if body["prompt"] == sample["prompt_ids"] + sample["continuation_ids"]:
+                heard = [*[0.0] * (len(sample["prompt_ids"]) - 1), *sample["logprobs"]["bf16"]]
+                scores = [{str(id_): {"logprob": value}} for id_, value in zip(body["prompt"][1:], heard, strict=True)]
+                return web.json_response({"choices": [{"text": "", "prompt_logprobs": [None, *scores]}]})
+        return _error(400, "BadRequestError", "no such prompt in the fingerprint")
+
+    def _samples(self, name: str) -> list[dict[str, Any]]:
+        """Of the fingerprint of a loaded adapter."""
+        content = json.loads((Path(self.loaded[name]) / "fingerprint.json").read_text(encoding="utf-8"))
+        return list(content["samples"])
 
     async def _reply(self, request: web.Request, answer: str | Fault) -> web.StreamResponse:
         if isinstance(answer, str):

@@ -50,6 +50,20 @@ def test_a_run_registers_one_version_however_often_it_tries(store: Store) -> Non
     assert adapters.aliases(store, "m") == {"candidate": 1}
 
 
+def test_a_run_judges_once_however_often_its_step_is_repeated(store: Store) -> None:
+    add(store, 1)
+
+    def judge(run_id: str | None, outcome: str) -> adapters.Verdict:
+        return adapters.add_verdict(store, "m", 1, outcome, {"champion": None}, run_id)
+
+    first = judge("run-1", "pass")
+    assert judge("run-1", "pass") == first
+    assert types(store).count("adapter.judged") == 1
+    # What is news is written down: another outcome, and a person who asks again.
+    said = [first, judge("run-1", "fail"), judge("run-1", "pass"), judge(None, "pass"), judge(None, "pass")]
+    assert len({each.id for each in said}) == types(store).count("adapter.judged") == 5
+
+
 def test_promotion_moves_champion_and_previous(store: Store) -> None:
     add(store, 1)
     add(store, 2)
