@@ -36,6 +36,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "ask": ("cli.ask", "ask", "Ask a served model"),
     "events": ("cli.events", "app", "What happened, what followed from it, and why"),
     "worker": ("cli.worker", "worker", "Run the worker in the foreground"),
+    "up": ("cli.up", "up", "Start the whole platform on this machine, and keep it on"),
+    "down": ("cli.down", "down", "Stop what `ft up` started"),
     "doctor": ("cli.doctor", "doctor", "Say what is missing on this machine, and what settings are in force"),
 }
 

