@@ -184,7 +184,7 @@ class Keeper:
 
     def _become(self, state: State, why: str = "") -> None:
         self.state, self.since = state, time.time()
-        self.say(f"{self.part.name}: {state}{' ' if why else ''}{why}")
+        self.say(f"{self.part.name}: {state}{': ' if why else ''}{why}")
 
     def _announce(self) -> None:
         if self.part.announce:

@@ -86,12 +86,12 @@ def parts_of(
         left_out["mlflow"] = f"MLFLOW_TRACKING_URI names another one: {foreign}"
     if not serve:
         left_out["serving"] = "not asked for: `ft up --serve MODEL`, or `serve: MODEL` in ft.yaml"
-    left_out |= {name: "left out by --only" for name in NAMES if name not in chosen}
     make = {"mlflow": _mlflow, "worker": _worker, "receiver": _receiver}
-    parts = [make[name](project, settings) for name in make if name not in left_out]
-    if "serving" not in left_out:
+    parts = [make[name](project, settings) for name in make if name in chosen and name not in left_out]
+    if "serving" in chosen and "serving" not in left_out:
         parts.append(_serving(project, settings, serve, say))
-    return [stamped(each, settings.model_dump_json()) for each in parts], left_out
+    told = {name: why for name, why in left_out.items() if name in chosen}
+    return [stamped(each, settings.model_dump_json()) for each in parts], told
 
 
 def _refuse_unknown(names: list[str]) -> None:

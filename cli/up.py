@@ -82,14 +82,14 @@ def follow(folder: UpFolder, tell: Tell) -> None:
     """Tell of each change until every part is on or has failed a few times, for as long as the slowest may take."""
     plan = folder.plan()
     deadline = time.monotonic() + max((each.start_seconds for each in plan), default=0.0) + SLACK_SECONDS
-    told: dict[str, str] = {}
+    told: set[str] = set()
     while folder.is_up() and time.monotonic() < deadline:
         parts = folder.now()
         for part in parts:
             line = _line(part)
-            if told.get(part["name"]) != line:
+            if line not in told:  # one that fails again and again says it once
                 tell(line)
-                told[part["name"]] = line
+                told.add(line)
         if len(parts) == len(plan) and all(_is_settled(part) for part in parts):
             return
         time.sleep(POLL_SECONDS)
@@ -101,7 +101,7 @@ def _is_settled(part: dict[str, Any]) -> bool:
 
 def _line(part: dict[str, Any]) -> str:
     why = part["error"] if part["state"] == "down" else part["note"] or part["address"]
-    return f"{part['name']}: {part['state']}{' ' if why else ''}{why}"
+    return f"{part['name']}: {part['state']}{': ' if why else ''}{why}"
 
 
 def _show(folder: UpFolder, as_json: bool) -> None:
