@@ -63,7 +63,9 @@ class Part:
 
 def stamped(part: Part, settings: str = "") -> Part:
     """With a digest of all that decides how it behaves: one that was left behind is kept only if it is the same."""
-    known = {name: value for name, value in os.environ.items() if name.startswith(("FT_", "MLFLOW_", "AWS_"))}
+    # Not all of MLFLOW_*: our own clients set some of them in passing.
+    known = {name: value for name, value in os.environ.items() if name.startswith(("FT_", "AWS_", "MLFLOW_TRACKING"))}
+    known.pop("FT_DEBUG", None)
     text = json.dumps([replace(part, stamp="").as_dict(), settings, known], sort_keys=True)
     return replace(part, stamp=hashlib.sha256(text.encode()).hexdigest()[:16])
 
