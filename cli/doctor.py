@@ -62,8 +62,9 @@ def examine(project: Project) -> Iterator[Finding]:
     yield from _models(project)
     yield _vllm(project)
     yield _port(project)
-    yield _mlflow()
+    yield _mlflow(project)
     yield _worker(project)
+    yield _up(project)
 
 
 def _python() -> Finding:
@@ -171,12 +172,15 @@ def _port(project: Project) -> Finding:
     return Finding("gateway", "ok", f"not up; {where} is free")
 
 
-def _mlflow() -> Finding:
+def _mlflow(project: Project) -> Finding:
     import os
+
+    from registry.mlflow_server import own_server
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or not uri.startswith("http"):
-        return Finding("MLflow", "ok", uri or "the project's own: .ft/mlflow.db (`ft doctor` needs no server)")
+        own = own_server(project) or "no server is needed; `ft up` starts one"
+        return Finding("MLflow", "ok", uri or f"the project's own: .ft/mlflow.db ({own})")
     import urllib.request
 
     try:
@@ -190,6 +194,19 @@ def _worker(project: Project) -> Finding:
     from jobs.worker_process import worker_is_on
 
     return Finding("worker", "ok", "on" if worker_is_on(project) else "none is on; `ft run` starts one")
+
+
+def _up(project: Project) -> Finding:
+    from cli.up_folder import FINE, UpFolder
+
+    up = UpFolder(project.home)
+    if not up.is_up():
+        left = [lock.stem for lock in up.left_behind()]
+        fact = f"its supervisor is gone, but not {', '.join(left)}" if left else "not up"
+        return Finding("ft up", "note" if left else "ok", fact, "`ft up` takes over, `ft down` stops" if left else "")
+    bad = [each["name"] for each in up.now() if each["state"] not in FINE]
+    return Finding("ft up", "note" if bad else "ok", f"not on: {', '.join(bad)}" if bad else "up",
+                   "`ft up --status` says why" if bad else "")  # fmt: skip
 
 
 def _version(name: str) -> str:

@@ -126,7 +126,7 @@ def _mlflow(project: Project, settings: Settings) -> Part:
         listens=(mlflow_server.HOST, port),
         then=(sys.executable, "-m", "registry.mlflow_webhook", address, hook),
         announce=str(mlflow_server.address_file(project)),
-        start_seconds=180.0,  # its first start makes the store: 24 s on two busy cores
+        start_seconds=300.0,  # its first start makes the store: 24 s on two busy cores, 90 s on very busy ones
     )
 
 
