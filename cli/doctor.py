@@ -66,9 +66,10 @@ def examine(project: Project) -> Iterator[Finding]:
         "vLLM": lambda: [_vllm(project)],
         "database": lambda: [_database(project)],
         "gateway": lambda: [_port(project)],
-        "MLflow": lambda: [_mlflow()],
+        "MLflow": lambda: [_mlflow(project)],
         "worker": lambda: [_worker(project)],
         "receiver": lambda: [_receiver(project)],
+        "ft up": lambda: [_up(project)],
     }
     for subject, look in checks.items():
         try:
@@ -195,12 +196,15 @@ def _receiver(project: Project) -> Finding:
     return Finding("receiver", "ok", f"up at {url}" if url else "not up; `ft events receive` takes webhooks")
 
 
-def _mlflow() -> Finding:
+def _mlflow(project: Project) -> Finding:
     import os
+
+    from registry.mlflow_server import own_server
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or not uri.startswith("http"):
-        return Finding("MLflow", "ok", uri or "the project's own: .ft/mlflow.db (`ft doctor` needs no server)")
+        own = own_server(project) or "no server is needed; `ft up` starts one"
+        return Finding("MLflow", "ok", uri or f"the project's own: .ft/mlflow.db ({own})")
     import urllib.request
 
     try:
@@ -214,6 +218,19 @@ def _worker(project: Project) -> Finding:
     from jobs.worker_process import worker_is_on
 
     return Finding("worker", "ok", "on" if worker_is_on(project) else "none is on; `ft run` starts one")
+
+
+def _up(project: Project) -> Finding:
+    from cli.up_folder import FINE, UpFolder
+
+    up = UpFolder(project.home)
+    if not up.is_up():
+        left = [lock.stem for lock in up.left_behind()]
+        fact = f"its supervisor is gone, but not {', '.join(left)}" if left else "not up"
+        return Finding("ft up", "note" if left else "ok", fact, "`ft up` takes over, `ft down` stops" if left else "")
+    bad = [each["name"] for each in up.now() if each["state"] not in FINE]
+    return Finding("ft up", "note" if bad else "ok", f"not on: {', '.join(bad)}" if bad else "up",
+                   "`ft up --status` says why" if bad else "")  # fmt: skip
 
 
 def _version(name: str) -> str:

@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "prune": ("cli.prune", "prune", "Delete what has had its time: runs, checkpoints, job folders, events"),
     "worker": ("cli.worker", "worker", "Run the worker in the foreground"),
     "cards": ("cli.cards", "app", "Show all hosts' cards, what runs on them and what waits; pause and resume one"),
+    "up": ("cli.up", "up", "Start the whole platform on this machine, and keep it on"),
+    "down": ("cli.down", "down", "Stop what `ft up` started"),
     "doctor": ("cli.doctor", "doctor", "Say what is missing on this machine, and what settings are in force"),
 }
 

@@ -44,7 +44,7 @@ def up(
     project = find_project()
     store, settings = open_store(project), load_settings(project)
     tell = (lambda _: None) if as_json else say
-    base, serve, card = _what_to_serve(project, store, what, tell)
+    base, serve, card = what_to_serve(project, store, what, tell)
     if foreground:
         from serving.server import run_server
         from serving.vllm_env import ensure_vllm
@@ -70,6 +70,7 @@ def down(as_json: AsJson = False) -> None:
     from serving.control import stop_server
 
     project = find_project()
+    _refuse_supervised(project)
     stopped = stop_server(open_store(project), load_settings(project))
     if as_json:
         print_json({"stopped": stopped})
@@ -99,7 +100,8 @@ def status(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _what_to_serve(project: Project, store: Store, what: str, say: Any) -> What:
+def what_to_serve(project: Project, store: Store, what: str, say: Any) -> What:
+    """Base model, how to serve it, and where: of a recipe, of a model, or of the only one there is for ''."""
     if what.endswith((".yaml", ".yml")):
         return _of_recipe(project, Path(what), say)
     if what:
@@ -116,6 +118,16 @@ def _what_to_serve(project: Project, store: Store, what: str, say: Any) -> What:
         named = ", ".join(f"{each.model} ({each.body['base']['source']})" for each in champions)
         raise WrongInput(f"there are champions on several base models: {named}", fix="say which: `ft serve up MODEL`")
     return _of_recipe(project, _only_recipe(project), say)
+
+
+def _refuse_supervised(project: Project) -> None:
+    from cli.up_folder import UpFolder
+    from registry.errors import Conflict
+
+    up = UpFolder(project.home)
+    if up.is_up() and any(each["name"] == "serving" and each["pid"] for each in up.now()):
+        raise Conflict("`ft up` keeps the server on and would start it again", place=str(project.home),
+                       fix="`ft down` stops all parts; `ft up` without --serve then leaves it out")  # fmt: skip
 
 
 def _champions(store: Store) -> list[Version]:

@@ -36,6 +36,7 @@ async def keep_telling(bench: Bench, run_id: str, plan: State) -> None:
             tracker, tracked = begun
             await asyncio.to_thread(tracker.send_progress, tracked, job)
         except (FtError, OSError) as error:
+            begun = None  # where it was may be gone for good: `ft down` ends the server, and the file itself is used
             said = error.as_dict() if isinstance(error, FtError) else {"what": str(error)}
             away = new_event(RUNS, "run.tracker_away", run_id, said, key=f"{run_id}/away",
                              cause=by_run(run_id))  # fmt: skip

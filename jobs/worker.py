@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 from jobs import runtime
 from jobs.deliver import Deliverer
@@ -32,8 +34,12 @@ PRUNE_LOOK_SECONDS = 600.0
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m jobs.worker", description=__doc__)
+    parser.add_argument("--forever", action="store_true", help="do not end when there is nothing to do")
+    parser.add_argument("--ready", type=Path, help="a file to write this process's id into when it works")
+    asked = parser.parse_args()
     try:
-        work(find_project())
+        work(find_project(), forever=asked.forever, ready=asked.ready)
     except FtError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -42,7 +48,7 @@ def main() -> None:
     os._exit(0)
 
 
-def work(project: Project, *, forever: bool = False) -> None:
+def work(project: Project, *, forever: bool = False, ready: Path | None = None) -> None:
     """Work until idle for `worker_idle_seconds` (`forever`: until killed). Returns at once if a worker is on."""
     lock = take_worker_lock(project)
     if lock is None:
@@ -59,6 +65,9 @@ def work(project: Project, *, forever: bool = False) -> None:
     while True:
         if _look(store, post, dispatcher, messages):
             busy_at = time.monotonic()
+        if ready is not None:
+            ready.write_text(str(os.getpid()), encoding="utf-8")
+            ready = None
         idle = time.monotonic() - busy_at
         if not forever and idle > settings.worker_idle_seconds and _may_end(project, store, messages):
             post.leave()

@@ -21,6 +21,7 @@ from typing import Any
 
 from registry.errors import TrackerError
 from registry.job_folder import JobFolder
+from registry.mlflow_server import artifact_root, own_server, own_store
 from registry.project import Project, user_name
 from registry.recipe import Recipe, expand
 
@@ -55,11 +56,16 @@ class RunFacts:
 
 
 class Tracker:
-    """One MLflow store: the recipe's `tracking.uri`, else MLFLOW_TRACKING_URI, else `.ft/mlflow.db`."""
+    """One MLflow store: the recipe's `tracking.uri`, else MLFLOW_TRACKING_URI, else the project's own.
+
+    That is `.ft/mlflow.db`, through its server while `ft up` has one.
+    """
 
     def __init__(self, project: Project, uri: str | None = None) -> None:
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project.home / 'mlflow.db'}"
-        self.artifacts = (project.home / "mlartifacts").as_uri() if self.uri.startswith("sqlite") else None
+        named, server = uri or os.environ.get("MLFLOW_TRACKING_URI"), own_server(project)
+        self.uri = named or server or own_store(project)
+        own = self.uri.startswith("sqlite") or self.uri.rstrip("/") == server
+        self.artifacts = artifact_root(project) if own else None
 
     def begin(self, facts: RunFacts) -> Tracked:
         """The MLflow run of our run: the one that is there, or a new one with params, recipe and dataset."""

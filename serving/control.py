@@ -33,7 +33,7 @@ CARD_SECONDS = 20.0
 # Kept, because Python warns of a process that is forgotten while it runs; the server outlives this one by intent.
 _started: list[subprocess.Popen[bytes]] = []
 
-__all__ = ["ServerStatus", "engine_for", "server_status", "start_server", "stop_server"]
+__all__ = ["ServerStatus", "engine_for", "server_command", "server_status", "start_server", "stop_server"]
 
 
 def start_server(
@@ -58,6 +58,14 @@ def start_server(
         raise Conflict(f"the server that runs is for {running.base['source']}, not {base.source}",
                        place=running.gateway_url, fix="`ft serve down` stops it")  # fmt: skip
     return _until_ready(project, store, settings, None, say)
+
+
+def server_command(project: Project, base: BaseModel, serve: Serve, card: Card) -> list[str]:
+    """The server's command line, for whoever starts it."""
+    return [
+        sys.executable, "-m", "serving.server", "--project", str(project.root), "--base", base.folder,
+        "--serve", serve.model_dump_json(), "--card", card.name,
+    ]  # fmt: skip
 
 
 def stop_server(store: Store, settings: Settings, say: Callable[[str], None] = lambda _: None) -> bool:
@@ -174,14 +182,10 @@ async def _lock_card(project: Project, store: Store, need: EngineConfig, aliased
 
 def _spawn(project: Project, base: BaseModel, serve: Serve, card: Card) -> subprocess.Popen[bytes]:
     project.logs.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, "-m", "serving.server", "--project", str(project.root), "--base", base.folder,
-        "--serve", serve.model_dump_json(), "--card", card.name,
-    ]  # fmt: skip
     here = {**os.environ, "FT_HOME": str(project.home), "FT_CACHE": str(project.cache)}
     with _log(project).open("wb") as output:
         started = subprocess.Popen(
-            command,
+            server_command(project, base, serve, card),
             env=here,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cli.serve import _what_to_serve
+from cli.serve import what_to_serve
 from registry import adapters
 from registry.base_models import BaseModel
 from registry.errors import NotFound, WrongInput
@@ -45,7 +45,7 @@ def test_without_a_server_each_command_says_so(project: Project, store: Store) -
 def test_the_one_champion_is_what_is_served(project: Project, store: Store) -> None:
     champion(store, "tickets", SMALL)
     champion(store, "letters", SMALL)
-    base, serve, card = _what_to_serve(project, store, "", print)
+    base, serve, card = what_to_serve(project, store, "", print)
     assert (base, serve.max_context, card.name) == (SMALL, 512, "cpu")
 
 
@@ -53,10 +53,10 @@ def test_several_bases_need_a_choice(project: Project, store: Store) -> None:
     champion(store, "tickets", SMALL)
     champion(store, "letters", LARGE)
     with pytest.raises(WrongInput, match=r"tickets \(small\), letters \(large\)"):
-        _what_to_serve(project, store, "", print)
-    assert _what_to_serve(project, store, "letters", print)[0] == LARGE
+        what_to_serve(project, store, "", print)
+    assert what_to_serve(project, store, "letters", print)[0] == LARGE
     with pytest.raises(NotFound):
-        _what_to_serve(project, store, "nothing", print)
+        what_to_serve(project, store, "nothing", print)
 
 
 def test_nothing_to_serve_at_all(project: Project, store: Store) -> None:
