@@ -131,6 +131,23 @@ def test_an_event_that_a_reader_has_not_passed_keeps_its_data(store: Store) -> N
     assert emptied(store, time.time() + 1) == [1, 2]
 
 
+def test_an_event_that_still_waits_for_a_sink_keeps_its_data(store: Store) -> None:
+    for number in range(2):
+        append(store, new_event("a", "external.x", "", {"n": number}, key=str(number)))
+    advance(store, "triggers", 2)
+    with store.writing() as connection:
+        connection.execute("INSERT INTO outbox (sink, seq, state, due) VALUES ('chat', 1, 'waiting', 0)")
+    assert emptied(store, time.time() + 1) == [2]
+
+
+def test_a_paused_run_is_not_over(store: Store) -> None:
+    ended(store, "m-1")
+    with store.writing() as connection:
+        connection.execute("UPDATE runs SET state = 'paused'")
+    assert pruned_rows.busy_runs(store) == {"m-1"}
+    assert not pruned_rows.delete_run(store, "m-1")
+
+
 def test_events_of_what_is_kept_and_those_that_led_to_it_keep_their_data(store: Store) -> None:
     for key in ("p1", "p2"):
         append(store, new_event("github", "external.push", key, {"branch": "main"}, key=key))
