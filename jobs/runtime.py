@@ -64,12 +64,17 @@ def forget(project: Project, run_ids: list[str]) -> None:
     if not project.database_url and not project.runs_database.exists():  # a client would make an empty file
         return
     engine = None if project.database_url else _engine(url)
-    client = DBOSClient(system_database_url=url, system_database_engine=engine, application_name=APP,
-                        serializer=DBOSPortableJSONSerializer())  # fmt: skip
     try:
-        client.delete_workflows(run_ids, delete_children=True)
+        client = DBOSClient(system_database_url=url, system_database_engine=engine, application_name=APP,
+                            serializer=DBOSPortableJSONSerializer())  # fmt: skip
+        try:
+            client.delete_workflows(run_ids, delete_children=True)
+        finally:
+            client.destroy()
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        fix = "`ft prune` again: they are known, and go with the next"
+        raise Trouble(f"the engine's rows of pruned runs could not be deleted: {error}", fix=fix) from error
     finally:
-        client.destroy()
         if engine:
             engine.dispose()
 

@@ -70,7 +70,8 @@ def old_events(
     at = 0
     while rows := store.read(
         "SELECT seq, type, subject, length(data) AS size FROM events WHERE seq > ? AND seq <= ? AND time < ? "
-        "AND pruned = 0 AND length(data) > 2 ORDER BY seq LIMIT ?", (at, up_to, before, EVENTS_AT_ONCE),
+        "AND pruned = 0 AND length(data) > 2 AND seq NOT IN (SELECT seq FROM outbox) ORDER BY seq LIMIT ?",
+        (at, up_to, before, EVENTS_AT_ONCE),
     ):  # fmt: skip
         at = rows[-1]["seq"]
         yield [

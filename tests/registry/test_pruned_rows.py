@@ -11,11 +11,13 @@ from registry import adapters, pruned_rows, runs
 from registry.decisions import past_of
 from registry.errors import NotFound, StoreError
 from registry.events import Event, advance, append, causes, find, new_event, newest, read
+from registry.migrations import AFTERWARDS, PRUNED
 from registry.scores import Scored, find_score, keep_score
 from registry.store import Store
 from registry.triggers import Subscriber, Triggers
 
 RECIPE = {"name": "m", "model": "m"}
+FILTERS: list[dict[str, Any]] = [{}, {"recipe": "m"}, {"active": True}, {"recipe": "m", "active": True}, {"limit": 1}]
 
 
 def ended(store: Store, run_id: str, state: runs.State = "succeeded", cause: str | None = None) -> str:
@@ -129,6 +131,23 @@ def test_an_event_that_a_reader_has_not_passed_keeps_its_data(store: Store) -> N
     assert emptied(store, time.time() + 1) == [1, 2]
 
 
+def test_an_event_that_still_waits_for_a_sink_keeps_its_data(store: Store) -> None:
+    for number in range(2):
+        append(store, new_event("a", "external.x", "", {"n": number}, key=str(number)))
+    advance(store, "triggers", 2)
+    with store.writing() as connection:
+        connection.execute("INSERT INTO outbox (sink, seq, state, due) VALUES ('chat', 1, 'waiting', 0)")
+    assert emptied(store, time.time() + 1) == [2]
+
+
+def test_a_paused_run_is_not_over(store: Store) -> None:
+    ended(store, "m-1")
+    with store.writing() as connection:
+        connection.execute("UPDATE runs SET state = 'paused'")
+    assert pruned_rows.busy_runs(store) == {"m-1"}
+    assert not pruned_rows.delete_run(store, "m-1")
+
+
 def test_events_of_what_is_kept_and_those_that_led_to_it_keep_their_data(store: Store) -> None:
     for key in ("p1", "p2"):
         append(store, new_event("github", "external.push", key, {"branch": "main"}, key=key))
@@ -201,3 +220,36 @@ def test_what_was_deleted_is_given_back(sqlite_store: Store) -> None:
     assert size() < before / 2
     sqlite_store.database.give_back(whole=True)
     assert len(read(sqlite_store)) == 50
+
+
+def test_events_of_an_older_ft_get_their_rating(store: Store) -> None:
+    ratings: list[dict[str, Any]] = [{"rating": 4}, {"tags": ["a"]}, {"rating": 2.5}]
+    for number, data in enumerate(ratings):
+        append(store, new_event("app", "feedback.received", "m@1", data, key=str(number)))
+    append(store, new_event("app", "external.x", "", {"rating": 1}, key="other"))
+    append(store, new_event("app", "feedback.received", "m@1", {}, key="damaged"))
+    with store.writing() as connection:
+        connection.execute("UPDATE events SET rating = NULL")
+        connection.execute("UPDATE events SET data = '{broken' WHERE id = 'damaged'")
+        AFTERWARDS[PRUNED](connection)
+    assert [row["rating"] for row in store.read("SELECT rating FROM events ORDER BY seq")] == [4, None, 2.5, None, None]
+
+
+def test_the_beginning_of_an_id_finds_its_run_and_nothing_else(store: Store) -> None:
+    for id_ in ("m-12", "m-1234", "m-2", "m_1", "n-1"):
+        ended(store, id_)
+    assert [runs.get(store, each).id for each in ("m-2", "m-12", "m-123", "n", "m_")] == [
+        "m-2", "m-12", "m-1234", "n-1", "m_1",
+    ]  # fmt: skip
+    for wrong, said in (("m-1", "the beginning of 2 runs"), ("m%", "no run"), ("", "no run"), ("zz", "no run")):
+        with pytest.raises(NotFound, match=said):
+            runs.get(store, wrong)
+
+
+def test_runs_are_listed_by_every_filter(store: Store) -> None:
+    for id_ in ("m-1", "m-2"):
+        ended(store, id_)
+    with store.writing() as connection:
+        runs.submit_within(connection, "n-1", {"name": "n", "model": "n"}, "recipes/n.yaml", "d")
+    listed = [[run.id for run in runs.listed(store, **given)] for given in FILTERS]
+    assert listed == [["n-1", "m-2", "m-1"], ["m-2", "m-1"], ["n-1"], [], ["n-1"]]
