@@ -38,8 +38,6 @@ class Inbox:
     def __init__(self, store: Store) -> None:
         self.failure = ""
         self._store = store
-        # Holds SQLite's file open: the last connection that closes tidies it up, 3 ms for each transaction of 0.3 ms.
-        self._kept = store.database.changes()
         self._waiting: list[Wanted] = []
         self._size = 0
         self._there = threading.Condition()
