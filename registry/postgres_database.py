@@ -154,6 +154,7 @@ def _refuse_closed(connection: psycopg.Connection[Any]) -> None:
     import psycopg
 
     if connection.closed or select.select([connection.fileno()], [], [], 0)[0]:
+        connection.close()  # else the pool takes it for usable, and gives it out again and again
         raise psycopg.OperationalError("the server has closed the connection")
 
 
