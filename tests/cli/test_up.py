@@ -255,9 +255,9 @@ def test_nothing_is_lost_by_a_kill_of_the_supervisor_at_any_moment(project: Proj
     wanted = [part(project, name, STAY) for name in names]
     up = UpFolder(project.home)
     try:
-        for delay in (0.0, 0.08, 0.16, 0.24, 0.32, 0.4):
+        for living in (0, 1, 1, 2, 3, 3):
             assert start_supervisor(project, up, wanted)
-            time.sleep(delay)
+            until(lambda least=living: len(up.left_behind()) >= least, "so many parts")  # type: ignore[misc]
             kill_supervisor(up)
         assert start_supervisor(project, up, wanted)
         until(up.is_well, "all parts")
