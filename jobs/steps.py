@@ -13,7 +13,7 @@ from dbos import DBOS
 
 from registry import runs
 from registry.adapters import promotions
-from registry.errors import FtError
+from registry.errors import FtError, StoreError
 from registry.project import Project
 from registry.recipe import Finetune
 from registry.settings import Settings
@@ -21,6 +21,7 @@ from registry.store import Store
 
 State = dict[str, Any]
 Value = TypeVar("Value")
+LOST_STORES, PAUSE_SECONDS, CALM_SECONDS = 4, 0.5, 60.0
 _at_work: set[str] = set()
 
 
@@ -91,24 +92,48 @@ def step(name: str) -> Callable[[Callable[..., Awaitable[State]]], Callable[...,
         @functools.wraps(body)
         async def recorded(run_id: str, *rest: Any) -> State:
             bench = BENCH.fresh()
-            attempt = await asyncio.to_thread(runs.begin_step, bench.store, run_id, name, "step")
-            _at_work.add(run_id)
             try:
-                result = await body(bench, run_id, *rest)
+                return await while_store_returns(lambda: _attempt(bench, name, body, run_id, *rest))
             except FtError as error:
-                runs.end_step(bench.store, run_id, name, attempt, {"error": error.what, "spent": bench.spent})
                 runs.finish(bench.store, run_id, "failed", error)
                 raise
-            except asyncio.CancelledError:
-                runs.end_step(bench.store, run_id, name, attempt, {"error": "cancelled", "spent": bench.spent})
-                raise
-            finally:
-                _at_work.discard(run_id)
-            runs.end_step(bench.store, run_id, name, attempt, {"spent": bench.spent})
-            return result
 
         # functools.wraps would keep the body's first parameter in the signature that DBOS reads.
         del recorded.__wrapped__
         return DBOS.step(name=name, preemptible=True)(recorded)
 
     return decorate
+
+
+async def while_store_returns(attempt: Callable[[], Awaitable[Value]]) -> Value:
+    """Attempt again when the database went away under it, for a restart of Postgres must not end a night's run.
+
+    Raises StoreError when that happens five times without a minute between two.
+    """
+    lost = 0
+    while True:
+        began = time.monotonic()
+        try:
+            return await attempt()
+        except StoreError:
+            lost = 1 if time.monotonic() - began > CALM_SECONDS else lost + 1
+            if lost > LOST_STORES:
+                raise
+            await asyncio.sleep(lost * PAUSE_SECONDS)
+
+
+async def _attempt(bench: Bench, name: str, body: Callable[..., Awaitable[State]], run_id: str, *rest: Any) -> State:
+    attempt = await asyncio.to_thread(runs.begin_step, bench.store, run_id, name, "step")
+    _at_work.add(run_id)
+    try:
+        result = await body(bench, run_id, *rest)
+    except FtError as error:
+        runs.end_step(bench.store, run_id, name, attempt, {"error": error.what, "spent": bench.spent})
+        raise
+    except asyncio.CancelledError:
+        runs.end_step(bench.store, run_id, name, attempt, {"error": "cancelled", "spent": bench.spent})
+        raise
+    finally:
+        _at_work.discard(run_id)
+    runs.end_step(bench.store, run_id, name, attempt, {"spent": bench.spent})
+    return result
