@@ -114,6 +114,10 @@ MIGRATIONS = [
         PRIMARY KEY (run_id, verdict));
     CREATE INDEX approvals_open ON approvals (asked) WHERE answer IS NULL;
     """,
+    # Beside the unique (source, id) it cost a fifth of each append in a log of a million; `events.find` does without.
+    """
+    DROP INDEX events_by_id;
+    """,
 ]
 
 

@@ -26,7 +26,7 @@ import yaml
 from jobs.dispatch import Dispatcher
 from jobs.prune import plan_of, preview
 from registry.decisions import CURSOR, past_of
-from registry.events import Event, advance, append, new_event, newest, values_of
+from registry.events import Event, advance, append, find, new_event, newest, values_of
 from registry.project import Project, find_project
 from registry.retention import Keep
 from registry.runs import listed, untold
@@ -195,6 +195,7 @@ def times_within(project: Project, store: Store) -> dict[str, Any]:
         "dispatcher, one feedback": _time(dispatched("feedback.received", "fed@3", {"rating": 1})),
         "past, feedback since the last run": _time(past(count=50, min_rating=4)),
         "past, all 100,000 and more feedback": _time(past(count=50, min_rating=4, since_last_run=False)),
+        "events of an id, of whatever source": _time(lambda: find(store, run_id(77))),
         "runs that are on": _time(lambda: listed(store, active=True, limit=1000)),
         "runs MLflow was not told of": _time(lambda: untold(store)),
         "ft prune --dry-run, plan and preview": _time(lambda: _look(project, store), 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack, suppress
 
-from registry.events import TOGETHER, append, append_all, append_within, new_event, read
+from registry.events import TOGETHER, append, append_all, append_within, find, new_event, read
 from registry.project import Project
 from registry.store import Store
 from tests.conftest import started
@@ -79,3 +79,12 @@ def test_of_many_none_is_there_when_one_cannot_be(store: Store) -> None:
         append_all(store, [new_event("a", "t", "s", {}), new_event("a", "t", "s", {"half": "\ud800"})])
         raise AssertionError("half a character was taken")
     assert read(store) == []
+
+
+def test_an_id_is_found_in_every_source(store: Store) -> None:
+    assert find(store, "e1") == []
+    for source in ("z", "app", "github", "app/2"):
+        append(store, new_event(source, "external.x", "", {}, key="e1"))
+        append(store, new_event(source, "external.x", "", {}, key="e2"))
+    assert [each.source for each in find(store, "e1")] == ["z", "app", "github", "app/2"]
+    assert find(store, "e3") == []
