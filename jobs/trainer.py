@@ -35,8 +35,10 @@ BACKENDS = {"trl": "jobs.trainers.trl_sft"}
 RENEW_SECONDS = 5.0
 PROGRESS_SECONDS = 1.0
 MESSAGE = 2000
-# Said by PyTorch's CPU allocator, by CUDA itself, by cuBLAS, and by a thread that finds no room for its stack.
-NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc", "can't start new thread")
+# Said by PyTorch's CPU allocator, by CUDA itself, by cuBLAS, by oneDNN (seen on a CPU with too little memory), and by a
+# thread that finds no room for its stack.
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc", "could not create a primitive",
+             "could not create a memory object", "can't start new thread")  # fmt: skip
 OK, FAILED, STOPPED, TAKEN = 0, 1, 3, 4
 
 
