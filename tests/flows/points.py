@@ -37,6 +37,10 @@ class Point:
     def function(self) -> str:
         return self.place.partition(":")[2]
 
+    @property
+    def killed(self) -> str:
+        return "engine" if self.victim == "engine" else self.role
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

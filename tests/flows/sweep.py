@@ -70,13 +70,13 @@ def at_points(swept: Swept, points: list[Point], name: str = "") -> Trial:
     event, run_id = _news(swept, points[0].news)
     while not _is_over(swept, run_id, trial, began):
         if not swept.order.exists() and waiting:
-            trial.killed.append(waiting.pop(0).role)
+            trial.killed.append(waiting.pop(0).killed)
             if waiting:
                 swept.give_order(waiting[0])
         _keep_on(swept, run_id, trial)
     # The last points come after the run's own end.
     trial.wrong = violations(swept, event, run_id)
-    trial.killed += [each.role for each in waiting[:1] if not swept.order.exists()]
+    trial.killed += [each.killed for each in waiting[:1] if not swept.order.exists()]
     trial.wrong += [f"never came to: {each.name}" for each in waiting if swept.order.exists()]
     swept.order.unlink(missing_ok=True)
     trial.seconds = time.monotonic() - began
