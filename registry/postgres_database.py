@@ -153,9 +153,15 @@ def _refuse_closed(connection: psycopg.Connection[Any]) -> None:
     """A server that restarted has closed its end, which can be seen without asking it."""
     import psycopg
 
-    if connection.closed or select.select([connection.fileno()], [], [], 0)[0]:
+    if connection.closed or _has_something_to_say(connection):
         connection.close()  # else the pool takes it for usable, and gives it out again and again
         raise psycopg.OperationalError("the server has closed the connection")
+
+
+def _has_something_to_say(connection: psycopg.Connection[Any]) -> bool:
+    asked = select.poll()  # `select.select` takes no descriptor above 1023
+    asked.register(connection.fileno(), select.POLLIN)
+    return bool(asked.poll(0))
 
 
 @lru_cache(maxsize=512)
