@@ -82,6 +82,36 @@ def list_(as_json: Json = False) -> None:
 
 
 @app.command()
+def push(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Data sets; default: all")] = None,
+    as_json: Json = False,
+) -> None:
+    """Track changed folders as new versions, copy them to DVC's default remote, and let recipes with `on:` know.
+
+    Example: ft data push support
+    """
+    from cli.console import print_json, say
+    from registry.dataset_versions import track
+    from registry.project import find_project
+    from registry.tracked_data import tracked_datasets
+
+    project = find_project()
+    paths = [f"datasets/{name.removeprefix('datasets/')}" for name in names or []]
+    rows = []
+    for path in paths or [each.path for each in tracked_datasets(project)]:
+        version = track(project, path)
+        rows.append({"path": path, "hash": version.hash, "rows": version.rows, "remote": _announce(project, version)})
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        where = f"pushed to {row['remote']}" if row["remote"] else "there is no default remote (`dvc remote add -d`)"
+        say(f"{row['path']}: {row['hash']}, {where}")
+    if not rows:
+        say("no data sets yet; `ft data add NAME FILE` imports one")
+
+
+@app.command()
 def check(
     what: Annotated[str, typer.Argument(help="A data set's name, or a JSONL file or folder")],
     as_json: Json = False,

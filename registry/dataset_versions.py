@@ -90,6 +90,20 @@ def store_version(project: Project, name: str, write: Callable[[Path], None], *,
     return pin(project, path)
 
 
+def track(project: Project, path: str) -> Pinned:
+    """The folder as it is now, as the dataset's newest version; the version that it is at where nothing has changed.
+
+    Raises DataError for what could not be trained on, and where a stage of dvc.yaml makes the folder.
+    """
+    tracked = find_tracked(project, path)
+    folder = project.root / tracked.path
+    if folder.is_dir() and hash_of(content(folder)) != tracked.hash and not tracked.is_made:
+        check_dataset(folder)
+        with alone(project.home / "datasets.lock"), opened(project.root) as repo:
+            repo.add(str(folder))
+    return pin(project, path)
+
+
 def push(project: Project, pinned: Pinned) -> str | None:
     """Copy the version to the default remote; the remote's name, None where none is configured."""
     with opened(project.root) as repo:

@@ -164,3 +164,29 @@ def test_it_works_from_a_folder_below_the_project(
     source = write_csv(tmp_path / "a.csv")
     monkeypatch.chdir(project.root / "recipes")
     assert ft.json("data", "add", "mine", source, *COLUMNS)["path"] == "datasets/mine"
+
+
+def test_push_makes_a_version_of_what_was_changed_by_hand(ft: Ft, project: Project, tmp_path: Path) -> None:
+    first = ft.json("data", "add", "mine", write_csv(tmp_path / "a.csv"), *COLUMNS)
+    train = project.root / "datasets" / "mine" / "train.jsonl"
+    train.write_text("\n".join(train.read_text(encoding="utf-8").splitlines()[:-1]) + "\n", encoding="utf-8")
+    (pushed,) = ft.json("data", "push", "mine")
+    assert pushed["hash"] != first["hash"]
+    assert pushed["remote"] == "there"
+    assert ft.json("data", "list")[0]["state"] == "ok"
+    assert ft.json("data", "push")[0]["hash"] == pushed["hash"]
+    told = events.read(open_store(project), type_="dataset.versioned")
+    assert [each.data["hash"] for each in told] == [first["hash"], pushed["hash"]]
+    shutil.rmtree(project.root / "datasets" / "mine")
+    shutil.rmtree(project.root / ".dvc" / "cache")
+    assert ft.json("data", "push", "mine")[0]["hash"] == pushed["hash"], "the remote has all of it"
+
+
+def test_push_refuses_what_could_not_be_trained_on(ft: Ft, project: Project, tmp_path: Path) -> None:
+    first = ft.json("data", "add", "mine", write_csv(tmp_path / "a.csv"), *COLUMNS)
+    (project.root / "datasets" / "mine" / "train.jsonl").write_text("{}\n", encoding="utf-8")
+    done = ft("data", "push", "mine")
+    assert done.returncode == 2
+    assert "train.jsonl" in done.stderr
+    assert ft.json("data", "list")[0]["hash"] == first["hash"]
+    assert ft("data", "push", "yours").returncode == 2
