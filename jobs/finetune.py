@@ -10,17 +10,18 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from dbos import DBOS, SetWorkflowID
 
 from jobs.approval import wait_for_approval
-from jobs.evaluation.evaluate import EvalRequest, evaluate, kept_scores
+from jobs.evaluation.ask_on_engine import ask_on_engine
+from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
 from jobs.outages import through_outage
 from jobs.runtime import card_queue
+from jobs.served import take_back, what_server_said
 from jobs.steps import BENCH, Bench, State, at_work, step
 from jobs.targets.local_card import LocalCard
 from jobs.tell_mlflow import keep_telling, patiently, tell_of_version
@@ -28,10 +29,9 @@ from jobs.watch_job import JobWatch
 from registry import adapters, runs
 from registry.admission import admit
 from registry.base_models import BaseModel, refuse_use
-from registry.cards import Card, marker, pick_card
+from registry.cards import marker, pick_card
 from registry.dataset_versions import Pinned, materialise, pin
-from registry.errors import Conflict, EngineError, FtError, StoreError, Trouble
-from registry.events import by_run, newest
+from registry.errors import Conflict, EngineError, FtError, Trouble
 from registry.gates import judge as judge_scores
 from registry.hosts import HostCard, all_cards, choose_card, host_id, hosts, pauses
 from registry.job_folder import JobFolder
@@ -39,13 +39,11 @@ from registry.mlflow_mirror import mirror
 from registry.mlflow_store import Tracked, git_commit, tracker_for
 from registry.project import Project
 from registry.recipe import Finetune
-from registry.scores import Scored
 from registry.settings import Settings
 from registry.store import Store
-from serving.control import engine_for, server_status
+from serving.control import server_status
 
 MAX_LORA_RANK = 64
-ENGINE_DEATHS = 3
 WATCH_SECONDS = 0.3
 SERVED_SECONDS = 300.0
 
@@ -177,7 +175,8 @@ async def register(bench: Bench, run_id: str, plan: State, trained: State) -> St
     tracked, number = await patiently(bench, run_id, lambda: tell_of_version(bench, run_id, plan, lineage))
     folder = bench.project.adapter_folder(recipe.model, number)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    await asyncio.to_thread(LocalCard(bench.project, pick_card(plan["card"])).fetch, job.path, folder)
+    # The card may be another host's; to fetch needs none of it.
+    await asyncio.to_thread(LocalCard(bench.project, pick_card("cpu")).fetch, job.path, folder)
     body = {
         **lineage,
         "base": base.as_dict(),
@@ -202,10 +201,10 @@ async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> Sta
         bench.project, bench.store, recipe, base, plan["dataset"], bench.project.job_folder(run_id) / "data",
         candidate=version["version"], champion=champion,
     )  # fmt: skip
-    await _base_here(bench, recipe)
     scored = kept_scores(bench.store, request)
     if len(scored) < len(request.asked):
-        scored = await _ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
+        await _base_here(bench, recipe)
+        scored = await ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
     return {"scores": {name: each.as_dict() for name, each in scored.items()}}
 
 
@@ -249,12 +248,12 @@ async def wait_until_served(bench: Bench, run_id: str, moved: State) -> State:
     base = adapters.get_version(bench.store, moved["model"], moved["version"]).body["base"]["digest"]
     deadline = time.monotonic() + SERVED_SECONDS
     while time.monotonic() < deadline:
-        answer = _what_server_said(bench, subject)
+        answer = what_server_said(bench, subject)
         if answer and answer["type"] == "adapter.served":
             runs.note_result(bench.store, run_id, served=answer["data"])
             return {"served": True}
         if answer:
-            _take_back(bench, run_id, moved, answer["data"])
+            take_back(bench, run_id, moved, answer["data"])
         status = await asyncio.to_thread(server_status, bench.store)
         if status is None or status.base["digest"] != base:
             runs.note_result(bench.store, run_id, served=None)
@@ -327,50 +326,6 @@ async def _on_card(
     queue = card_queue(plan["card"], plan.get("host", ""))
     handle: Any = await DBOS.enqueue_workflow_async(queue, workflow, run_id, plan, *rest)
     return dict(await handle.get_result(polling_interval_sec=WATCH_SECONDS))
-
-
-async def _ask_on_engine(
-    bench: Bench, run_id: str, request: EvalRequest, card: Card, base: BaseModel
-) -> dict[str, Scored]:
-    """Start the engine (or wait for the server's), ask, and count the engine's time apart."""
-
-    def progress(done: int, total: int) -> None:
-        with suppress(StoreError):  # nothing that an engine should be started again for
-            runs.set_stage(bench.store, run_id, f"evaluate {done}/{total}")
-
-    for deaths in range(1, ENGINE_DEATHS + 1):
-        runs.set_stage(bench.store, run_id, "starting the engine")
-        entered, serve = time.monotonic(), bench.recipe(run_id).serve
-        async with engine_for(bench.project, bench.store, bench.settings, base, serve, card) as engine:
-            bench.note_outside("engine", time.monotonic() - entered)
-            try:
-                asking = evaluate(bench.project, bench.store, engine, request, progress)
-                scored = await bench.outside("evaluation", asking)
-                break
-            except EngineError:  # of one that has died: another is started, and asked what was not scored yet
-                if deaths == ENGINE_DEATHS or await engine.healthy():
-                    raise
-            finally:
-                left = time.monotonic()
-    bench.note_outside("engine", time.monotonic() - left)
-    return scored
-
-
-def _what_server_said(bench: Bench, subject: str) -> dict[str, Any] | None:
-    since = bench.promoted_at(subject)
-    answers = [newest(bench.store, 1, type_=each, subject=subject) for each in ("adapter.served", "adapter.refused")]
-    said = sorted((event for each in answers for event in each if event.time >= since), key=lambda event: event.seq)
-    return {"type": said[-1].type, "data": said[-1].data} if said else None
-
-
-def _take_back(bench: Bench, run_id: str, moved: State, reason: dict[str, Any]) -> None:
-    subject = f"{moved['model']}@{moved['version']}"
-    if moved["from"] is not None:
-        adapters.roll_back(
-            bench.store, moved["model"], by_whom="ft", reason="the server refused it", cause=by_run(run_id)
-        )
-    raise EngineError(f"the server refused {subject}: {reason.get('reason', reason)}",
-                      fix="`ft serve status` has the numbers; the version before it goes on answering")  # fmt: skip
 
 
 def _of_each(scores: State, field: str) -> State:

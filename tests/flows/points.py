@@ -118,7 +118,7 @@ POINTS: list[Point] = [
     _inside("judge", "registry.events:append_within", "the verdict", where={"event.type": "adapter.judged"}),
     *_around("promote", "registry.adapters:promote"),
     _inside("promote", "registry.adapters:_move", "the move"),
-    *_around("wait until served", "jobs.finetune:_what_server_said"),
+    *_around("wait until served", "jobs.served:what_server_said"),
     *_around("conclude", f"{_TRACKER}.log_scores"),
     *_around("conclude", f"{_TRACKER}.set_alias"),
     *_around("conclude", f"{_TRACKER}.tag_verdict"),
