@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import select
+import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -100,6 +102,7 @@ class PostgresDatabase:
                 check=_refuse_closed,
                 kwargs={"autocommit": True, "row_factory": dict_row, "options": f"-c lock_timeout={PATIENCE_SECONDS}s"},
             )  # fmt: skip
+            weakref.finalize(self, _close, self._pool)
         return self._pool
 
     def _unusable(self, error: Exception) -> StoreError:
@@ -147,6 +150,14 @@ class PostgresChanges:
             self._connection = None
             time.sleep(seconds)
             return True
+
+
+def _close(pool: ConnectionPool[Any]) -> None:
+    """A pool that is collected while open joins its threads, and fails where one of them does the collecting."""
+    if threading.current_thread().name.startswith(pool.name):
+        threading.Thread(target=pool.close, daemon=True).start()
+    else:
+        pool.close(1)
 
 
 def _refuse_closed(connection: psycopg.Connection[Any]) -> None:
