@@ -320,7 +320,7 @@ def test_a_loss_that_is_no_number_ends_the_job(make: Callable[..., Job]) -> None
     assert not job.folder.adapter.exists()
 
 
-# A trainer on a small machine: 500 MB more than what its libraries take by themselves, and 512 rows need 700.
+# A trainer on a small machine: 800 MB more than its libraries take. Measured: 512 rows need 1005, 128 need 684, 8 157.
 SMALL_MACHINE = """
 import resource, sys
 from pathlib import Path
@@ -329,27 +329,28 @@ from jobs.trainer import run_job
 from registry.job_folder import JobFolder
 torch.ones(8, requires_grad=True).sum().backward()
 taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, ((taken << 10) + (500 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, ((taken << 10) + (800 << 20),) * 2)
 sys.exit(run_job(JobFolder(Path(sys.argv[1]))))
 """
 
 
 def test_a_batch_that_does_not_fit_is_out_of_memory_and_a_smaller_one_fits(make: Callable[..., Job]) -> None:
-    job = make(batch=512, max_steps=1, checkpoint_steps=1)
-    write_split(job.folder.data, "train", rows(512))
-    codes = []
-    while OK not in codes:
-        done = run_bounded([sys.executable, "-c", SMALL_MACHINE, str(job.folder.path)], 500, env=job.env)
-        codes.append(done.returncode)
-        result, train = result_of(job), job.folder.recipe()["train"]
-        if result["status"] == "failed":
-            assert result["class"] == "out_of_memory", done.stderr + str(result)
-            change = next_attempt(Retries(), train, result, job.folder.accepted(), job.folder.attempts())
-            assert change is not None
-            job.folder.add_attempt(change)
-    assert codes[0] == FAILED
-    assert train["batch"] < 512 == train["batch"] * train["accumulate"]
-    assert result_of(job)["steps"] == 1
+    job = make(batch=1024, max_steps=2, checkpoint_steps=1)
+    write_split(job.folder.data, "train", rows(1024))
+    command = [sys.executable, "-c", SMALL_MACHINE, str(job.folder.path)]
+    done, result = run_bounded(command, 500, env=job.env), result_of(job)
+    assert (result["status"], result["class"]) == ("failed", "out_of_memory"), done.stderr
+    for after in range(job.folder.accepted(), 9):  # as many as a machine of another make may need
+        train, before = job.folder.recipe()["train"], job.folder.attempts()
+        change = next_attempt(Retries(out_of_memory=9), train, result, after, before)
+        assert change is not None
+        job.folder.add_attempt(change)
+        if change["train"]["batch"] == 32:
+            break
+    done = run_bounded(command, 500, env=job.env)
+    assert done.returncode == OK, done.stderr + str(result_of(job))
+    assert job.folder.recipe()["train"]["accumulate"] == 32
+    assert result_of(job)["steps"] == 2
 
 
 def test_a_smaller_batch_goes_on_from_the_checkpoint_of_a_larger_one(make: Callable[..., Job]) -> None:
