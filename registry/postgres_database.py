@@ -102,7 +102,7 @@ class PostgresDatabase:
                 check=_refuse_closed,
                 kwargs={"autocommit": True, "row_factory": dict_row, "options": f"-c lock_timeout={PATIENCE_SECONDS}s"},
             )  # fmt: skip
-            weakref.finalize(self, _close, self._pool)
+            weakref.finalize(self, _close, self._pool).atexit = False  # threads may be at work until the very end
         return self._pool
 
     def _unusable(self, error: Exception) -> StoreError:
