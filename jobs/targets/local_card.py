@@ -23,7 +23,7 @@ from registry.project import Project
 
 STOP_SECONDS = 120.0
 # Trainers that this process started, kept so that their exit status is taken and no zombie stays.
-_started: list[subprocess.Popen[bytes]] = []
+_started: list[tuple[Path, subprocess.Popen[bytes]]] = []
 
 
 class LocalCard:
@@ -32,8 +32,9 @@ class LocalCard:
     `python` is the one whose environment trains; this process's where none is named.
     """
 
-    def __init__(self, project: Project, card: Card, python: str = "") -> None:
+    def __init__(self, project: Project, card: Card, python: str = "", stop_seconds: float = STOP_SECONDS) -> None:
         self.project, self.card, self.python = project, card, python or sys.executable
+        self.stop_seconds = stop_seconds
 
     def launch(self, folder: Path) -> bool:
         job = JobFolder(folder)
@@ -52,7 +53,7 @@ class LocalCard:
             lock.release()
 
     def poll(self, folder: Path) -> Poll:
-        _started[:] = [trainer for trainer in _started if trainer.poll() is None]
+        _started[:] = [each for each in _started if each[1].poll() is None]
         job = JobFolder(folder)
         if self._alive(job):
             return Poll("running")
@@ -79,12 +80,10 @@ class LocalCard:
     def cancel(self, folder: Path, reason: str) -> None:
         job = JobFolder(folder)
         job.ask_to_stop(reason)
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + self.stop_seconds
         while self._alive(job):
-            held = job.lease()
-            if time.monotonic() > deadline and held:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(held.lease.pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                _kill(job)
             time.sleep(0.1)
         job.withdraw_stop()
 
@@ -110,7 +109,25 @@ class LocalCard:
                     "PYTHONUNBUFFERED": "1",
                 },
             )
-        _started.append(trainer)
+        _started.append((job.path, trainer))
+
+
+def _kill(job: JobFolder) -> None:
+    """The trainer that this process started, also before its claim; else the one in the lease, if it is still that."""
+    held = job.lease()
+    ours = [trainer.pid for path, trainer in _started if path == job.path and trainer.poll() is None]
+    named = [held.lease.pid] if held and _is_trainer(held.lease.pid, job) else []
+    for pid in ours or named:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_trainer(pid: int, job: JobFolder) -> bool:
+    """A lease may be an earlier trainer's, and its pid somebody else's by now. Without /proc it is believed."""
+    try:
+        return str(job.path).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return not Path("/proc/self/cmdline").exists()
 
 
 def _is_done(job: JobFolder) -> bool:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from jobs.targets.local_card import LocalCard
+from jobs.targets.local_card import LocalCard, _started
 from jobs.targets.target import Poll
 from registry.cards import holder, pick_card, try_lock
-from registry.job_folder import JobFolder
+from registry.job_folder import JobFolder, Lease
 from registry.manifest import broken_files
 from registry.project import Project
-from tests.conftest import TinyBase
+from tests.conftest import TinyBase, started
 from tests.jobs.test_trainer import Job, make_job
 
 CPU = pick_card("cpu")
@@ -117,3 +120,22 @@ def test_cancel_returns_when_the_trainer_is_gone_with_its_checkpoint(
     assert job.folder.stop_reason() is None
     assert card.poll(folder).state == "done"
     card.cancel(folder, "again")  # nobody works: returns at once
+
+
+@pytest.mark.training
+def test_a_trainer_that_hangs_is_killed_and_nobody_elses_process_is(
+    own: Project, card: LocalCard, tiny_base: TinyBase
+) -> None:
+    job = make_job(own.job_folder("tiny-3"), tiny_base.model, own.cache, max_steps=4000)
+    hasty = LocalCard(own, CPU, stop_seconds=0.5)
+    with started([sys.executable, "-c", "import time; time.sleep(300)"]) as bystander:
+        stale = Lease(1, "a trainer that is gone", bystander.pid)  # its pid was given to another since
+        (job.folder.path / "lease.json").write_text(json.dumps(asdict(stale)))
+        hasty.launch(job.folder.path)
+        [trainer] = [each for path, each in _started if path == job.folder.path]
+        trainer.send_signal(signal.SIGSTOP)  # before it has claimed the job
+        hasty.cancel(job.folder.path, "the run was cancelled")
+        assert holder(own, CPU) == ""
+        assert trainer.wait(10) == -signal.SIGKILL
+        assert bystander.poll() is None
+    assert job.folder.stop_reason() is None
