@@ -111,7 +111,7 @@ def agree(store: Store, start: Callable[[str], None], let_go: LetGo, others: Con
         elif status in TERMINAL and status != "SUCCESS" and run.wish is None:
             runs.finish(store, run.id, "failed", Trouble(f"the run's workflow ended as {status}", place=run.id))
     for run in _wishes(store, "resume"):
-        _resume(store, run)
+        _resume(store, run, others)
 
 
 def let_go_here(store: Store, let_go: LetGo) -> None:
@@ -132,25 +132,34 @@ def _plan_again(store: Store, run: runs.Run) -> None:
         DBOS.cancel_workflow(run.id, cancel_children=True)
         return  # until it has stopped
     if run.active:
-        steps = DBOS.list_workflow_steps(run.id)
-        for child in [step["child_workflow_id"] for step in steps if step["child_workflow_id"]]:
-            if _status(child) is not None:
-                DBOS.delete_workflow(child, delete_children=True)
-        planned = [step["function_id"] for step in steps if step["function_name"] == "plan"]
-        start = min(planned, default=_first_unfinished(run.id))
+        start = _planning(run.id)
         DBOS.rewind_workflow(run.id, start_step=start, application_version=VERSION, queue_name=CONTROL)
     runs.clear_wish(store, run.id, "replan")
 
 
-def _resume(store: Store, run: runs.Run) -> None:
-    """Let a failed or cancelled run go on at the step that did not succeed; finished steps keep their results."""
+def _planning(run_id: str) -> int:
+    """Number of the run's step "plan" (or of the first unfinished one); its children are forgotten, and start anew."""
+    steps = DBOS.list_workflow_steps(run_id)
+    for child in [step["child_workflow_id"] for step in steps if step["child_workflow_id"]]:
+        if _status(child) is not None:
+            DBOS.delete_workflow(child, delete_children=True)
+    planned = [step["function_id"] for step in steps if step["function_name"] == "plan"]
+    return min(planned, default=_first_unfinished(run_id))
+
+
+def _resume(store: Store, run: runs.Run, others: Container[str]) -> None:
+    """Let a failed or cancelled run go on at the step that did not succeed; finished steps keep their results.
+
+    One that was planned for a card of a host that is lost by now is planned again.
+    """
     if run.active and _status(run.id) not in TERMINAL:
         runs.clear_wish(store, run.id, "resume")
         return
     if run.state in ("succeeded", "refused"):
         runs.clear_wish(store, run.id, "resume")
         return
-    start = _first_unfinished(run.id)
+    host = run.result.get("host", host_id())
+    start = _first_unfinished(run.id) if host == host_id() or host in others else _planning(run.id)
     runs.reopen(store, run.id)
     DBOS.rewind_workflow(run.id, start_step=start, application_version=VERSION, queue_name=CONTROL)
     runs.clear_wish(store, run.id, "resume")
