@@ -131,13 +131,13 @@ def _mlflow(project: Project, settings: Settings) -> Part:
 
 
 def _worker(project: Project, _: Settings) -> Part:
-    from jobs.worker_process import LOCK_VARIABLE
+    from jobs.worker_process import LOCK_VARIABLE, worker_lock
 
     ready = str(project.home / "up" / "worker.ready")
     return replace(
         _part(project, "worker", [sys.executable, "-m", "jobs.worker", "--forever", "--ready", ready]),
         health=ready,
-        other_lock=str(project.home / "worker.lock"),
+        other_lock=str(worker_lock(project)),
         lock_variable=LOCK_VARIABLE,
         start_seconds=120.0,
     )

@@ -74,6 +74,11 @@ def worker_is_on(project: Project) -> bool:
         return is_held(lock)
 
 
+def worker_lock(project: Project) -> Path:
+    """The file that this host's worker holds locked while it lives."""
+    return project.home / f"worker-{host_id()}.lock"
+
+
 def worker_pid(project: Project) -> int | None:
     """The process id of this host's worker, None if none is on."""
     with _guarded(project) as lock:
@@ -106,7 +111,7 @@ def worker_log_tail(project: Project, lines: int = 15) -> str:
 def _guarded(project: Project) -> Iterator[Path]:
     """The worker's lock, with nobody else at it: to look is to try it, and who looks is not a worker."""
     with alone(project.home / f"worker-{host_id()}.guard"):
-        yield project.home / f"worker-{host_id()}.lock"
+        yield worker_lock(project)
 
 
 def _write_pid(lock: int, pid: int) -> None:
