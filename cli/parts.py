@@ -197,8 +197,7 @@ def _webhook_secret(project: Project, settings: Settings) -> dict[str, str]:
     """MLflow signs with it and the receiver checks it: one that is made here where nobody has set any."""
     from registry.mlflow_server import keys_of
 
-    given = str(getattr(settings, "mlflow_webhook_secret", ""))
-    return {"FT_MLFLOW_WEBHOOK_SECRET": given or keys_of(project)["webhook_secret"]}
+    return {"FT_MLFLOW_WEBHOOK_SECRET": settings.mlflow_webhook_secret or keys_of(project)["webhook_secret"]}
 
 
 def _receiver_address(project: Project, settings: Settings) -> str:
@@ -206,8 +205,7 @@ def _receiver_address(project: Project, settings: Settings) -> str:
 
 
 def _receiver_place(project: Project, settings: Settings) -> tuple[str, int]:
-    host, port = getattr(settings, "receiver_host", "127.0.0.1"), getattr(settings, "receiver_port", 8200)
-    return host, _port(project, "receiver", host, port)
+    return settings.receiver_host, _port(project, "receiver", settings.receiver_host, settings.receiver_port)
 
 
 def _url(host: str, port: int) -> str:

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cli.parts import parts_of
 from cli.up_folder import UpFolder
 from jobs.worker_process import ensure_worker, worker_is_on
 from registry.mlflow_server import address_file, keys_of, own_server, own_store
@@ -47,7 +46,7 @@ for number in range(int(sys.argv[4])):
 class Hooks:
     """Stands for the receiver: keeps what MLflow posts."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self) -> None:
         self.posted: list[tuple[str, dict[str, str], bytes]] = []
         hooks = self
 
@@ -60,7 +59,7 @@ class Hooks:
 
             def log_message(self, *_: Any) -> None: ...
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -78,9 +77,9 @@ def ft(project: Project, *arguments: str, timeout: float = 240) -> tuple[int, st
 
 
 def test_mlflow_and_worker_are_up(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FT_MLFLOW_PORT", "FT_RECEIVER_PORT"):
-        monkeypatch.setenv(name, "0")
-    up, hooks = UpFolder(project.home), Hooks(urlsplit(parts_of(project)[0][0].then[-1]).port or 0)
+    up, hooks = UpFolder(project.home), Hooks()
+    monkeypatch.setenv("FT_MLFLOW_PORT", "0")
+    monkeypatch.setenv("FT_RECEIVER_PORT", str(hooks.server.server_port))
     try:
         with hooks.listening():
             assert Tracker(project).uri == own_store(project)
