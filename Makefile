@@ -18,7 +18,8 @@ setup: $(VENV)/.made
 $(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[train,serve,dev]'
+	# Compiled once: where PYTHONDONTWRITEBYTECODE is set, as CI's machines do, each process would do it again.
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[train,serve,dev]'
 	touch $@
 
 demo: setup ## The whole loop on this machine, in a project of its own below .ft/

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from registry.project import Project, recipe_files
+from registry.project import Project, has_triggers, recipe_files, text_of
 
-ON = re.compile(r"""^["']?on["']?\s*:""", re.MULTILINE)
 SINKS = re.compile(r"""^["']?sinks["']?\s*:""", re.MULTILINE)
 
 
@@ -20,22 +18,15 @@ def noticing(project: Project) -> Iterator[None]:
 
     with submitting(project):
         yield
-        if has_triggers(project) or has_sinks(project):
+        if any_triggers(project) or has_sinks(project):
             ensure_worker(project)
 
 
-def has_triggers(project: Project) -> bool:
+def any_triggers(project: Project) -> bool:
     """A quick look: does any recipe have a line that begins with `on:`?"""
-    return any(ON.search(_text(file)) for file in recipe_files(project))
+    return any(has_triggers(text_of(file)) for file in recipe_files(project))
 
 
 def has_sinks(project: Project) -> bool:
     """The same of ft.yaml: does a line begin with `sinks:`?"""
-    return (project.root / "ft.yaml").is_file() and bool(SINKS.search(_text(project.root / "ft.yaml")))
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return (project.root / "ft.yaml").is_file() and bool(SINKS.search(text_of(project.root / "ft.yaml")))

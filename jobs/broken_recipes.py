@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from pydantic import ValidationError
 
 from registry.errors import FtError
 from registry.events import Event
+from registry.project import has_triggers, text_of
 from registry.triggers import Decision, Subscriber, Triggers, listens
 
-ON = re.compile(r"""^["']?on["']?\s*:""", re.MULTILINE)
 LONG = 300
 
 
@@ -36,9 +35,9 @@ class Broken:
 
 def as_broken(path: Path, error: FtError, before: Subscriber | None) -> Broken | None:
     """None if nothing says that the recipe has triggers. `before` is what it had when its file was right."""
-    text = _text(path)
+    text = text_of(path)
     found = _subscriber(path, text) or before
-    if found is None and not ON.search(text):
+    if found is None and not has_triggers(text):
         return None
     return Broken(found.name if found else path.stem, " ".join(error.what.split()), found)
 
@@ -61,10 +60,3 @@ def _from_mapping(stem: str, plain: dict[str, Any]) -> Subscriber | None:
         return Subscriber(name, str(plain.get("model", name)), dataset, Triggers.model_validate(plain.get("on")))
     except ValidationError:
         return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

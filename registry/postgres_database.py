@@ -183,7 +183,5 @@ def _for_psycopg(sql: str) -> bytes:
 def _without_password(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("postgresql", "postgres"):
-        raise WrongInput(
-            "FT_DATABASE_URL must begin with postgresql://", place="FT_DATABASE_URL", fix="leave it out for SQLite"
-        )
+        raise WrongInput("it must begin with postgresql://", place="FT_DATABASE_URL", fix="leave it out for SQLite")
     return url.replace(f":{parts.password}@", ":***@") if parts.password else url

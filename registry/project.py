@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.errors import NotFound, WrongInput
+
+ON = re.compile(r"""^["']?on["']?\s*:""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,19 @@ def recipe_files(project: Project) -> list[Path]:
     """The project's recipes: files only (a FIFO keeps its reader), without the hidden links that editors make."""
     found = sorted((project.root / "recipes").glob("*.y*ml"))
     return [path for path in found if not path.name.startswith(".") and _is_file(path)]
+
+
+def has_triggers(text: str) -> bool:
+    """Does a recipe's text have a line that begins with `on:`? Quick, and true of a broken one too."""
+    return bool(ON.search(text))
+
+
+def text_of(path: Path) -> str:
+    """What is there, for a look at a file that may be anything; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def user_name() -> str:

@@ -1,13 +1,18 @@
-"""The socket and the event loop of our HTTP servers: the gateway, and the receiver of events."""
+"""The socket, the event loop and the set-up of our HTTP servers: the gateway, and the receiver of events."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable
+from typing import Any
+
+import uvicorn
 
 from registry.errors import Trouble
+from serving.bounded_head import BoundedHead
 
 
 def listen(host: str, port: int, who: str, setting: str) -> socket.socket:
@@ -22,6 +27,19 @@ def listen(host: str, port: int, who: str, setting: str) -> socket.socket:
         raise Trouble(f"{who} cannot listen on port {port}: {error.strerror}", place=f"{host}:{port}",
                       fix=f"end what uses that port, or choose another with {setting}") from error  # fmt: skip
     return listening
+
+
+def http_server(app: Any, drain_seconds: int, **more: Any) -> uvicorn.Server:
+    """uvicorn with what both servers want, and `more` of its options. It leaves the signals to its caller: it would
+    end by them itself, with the engine left running behind it, or with a code other than 0."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, http=BoundedHead, lifespan="off", ws="none", access_log=False, server_header=False,
+            timeout_graceful_shutdown=drain_seconds, **more,
+        )
+    )  # fmt: skip
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    return server
 
 
 def url_of(listening: socket.socket) -> str:

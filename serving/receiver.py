@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import signal
 import socket
 import sys
@@ -20,10 +19,9 @@ from registry.errors import FtError, WrongInput
 from registry.project import Project, find_project
 from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
-from serving.bounded_head import BoundedHead
 from serving.doors import Receiver
 from serving.inbox import Inbox
-from serving.listening import is_loopback, listen, loop_factory, url_of
+from serving.listening import http_server, is_loopback, listen, loop_factory, url_of
 from serving.receiver_lock import only_receiver
 
 DRAIN_SECONDS = 15
@@ -61,23 +59,10 @@ async def _receive(listening: socket.socket, store: Store, settings: Settings, s
 
 
 def _server(receiver: Receiver) -> uvicorn.Server:
-    server = uvicorn.Server(
-        uvicorn.Config(
-            receiver,
-            http=BoundedHead,
-            lifespan="off",
-            ws="none",
-            log_level="error",  # a warning for each broken request would let anybody fill the output
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
+    # A warning for each broken request would let anybody fill the output.
+    return http_server(
+        receiver, DRAIN_SECONDS, log_level="error", proxy_headers=False, limit_concurrency=MOST_CONNECTIONS
     )
-    # With its own handlers uvicorn would end by the signal, and not with 0.
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    return server
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from registry.recipe import Serve
 from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
 from serving.gateway import Gateway
-from serving.listening import listen, loop_factory, url_of
+from serving.listening import http_server, listen, loop_factory, url_of
 from serving.reconciler import Reconciler, nothing_answers, rank_needed, wanted_models
 from serving.routes import Away, Board
 from serving.server_keys import write_keys
@@ -232,20 +232,8 @@ class Server:
         self.board.flip(nothing_answers(models, why))
 
     def _gateway(self) -> uvicorn.Server:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                Gateway(self.board, self.internal_key),
-                lifespan="off",
-                ws="none",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(self.settings.drain_seconds),
-            )
-        )
-        # uvicorn would take SIGTERM for itself and leave the engine running behind it.
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-        return server
+        gateway = Gateway(self.board, self.internal_key)
+        return http_server(gateway, int(self.settings.drain_seconds), log_level="warning")
 
     def _listen_for_signals(self) -> None:
         for name in (signal.SIGTERM, signal.SIGINT):

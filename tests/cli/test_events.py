@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cli.waking import has_triggers
+from cli.waking import any_triggers
 from registry import adapters
 from registry.decisions import CURSOR
 from registry.event_types import as_markdown
@@ -122,15 +122,15 @@ def test_the_published_list_is_the_one_in_the_code() -> None:
 
 
 def test_recipes_with_triggers_are_known_at_a_glance(project: Project) -> None:
-    assert not has_triggers(project)
+    assert not any_triggers(project)
     (project.root / "recipes" / "m.yaml").write_text(RECIPE.partition("on:")[0])
-    assert not has_triggers(project)
+    assert not any_triggers(project)
     for key in ("on:", '"on":', "on :"):
         (project.root / "recipes" / "m.yaml").write_text(RECIPE.replace("on:", key))
-        assert has_triggers(project)
+        assert any_triggers(project)
     (project.root / "recipes" / ".#m.yaml").symlink_to("nobody@nowhere")
     (project.root / "recipes" / "a.yaml").symlink_to("a.yaml")
     (project.root / "recipes" / "folder.yaml").mkdir()
     (project.root / "recipes" / "latin.yaml").write_bytes(b"\xff\xfe")
     os.mkfifo(project.root / "recipes" / "fifo.yaml")
-    assert has_triggers(project)
+    assert any_triggers(project)

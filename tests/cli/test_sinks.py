@@ -19,7 +19,7 @@ from registry.project import Project
 from registry.store import Store, open_store
 from tests.conftest import run_bounded, started
 from tests.fakes.sink_receiver import Receiver, sink_receiver
-from tests.postgres_server import PostgresServer, postgres_server
+from tests.postgres_server import PostgresServer
 
 FT = [sys.executable, "-m", "cli.main"]
 
@@ -28,12 +28,6 @@ FT = [sys.executable, "-m", "cli.main"]
 def receiver() -> Iterator[Receiver]:
     with sink_receiver() as receiver:
         yield receiver
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    with postgres_server() as server:
-        yield server
 
 
 def ft(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,11 +17,10 @@ from registry import outbox
 from registry.events import append, new_event, read
 from registry.project import Project
 from registry.sink_message import webhook_id
-from registry.store import Store, open_store
+from registry.store import Store
 from tests.conftest import started
 from tests.fakes.sink_receiver import CLOSE, CUT, HANG, Receiver, sink_receiver
 from tests.mlflow_server import free_port
-from tests.postgres_server import PostgresServer, postgres_server
 
 WORK = """
 import time
@@ -36,18 +34,9 @@ time.sleep(600)
 """
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    with postgres_server() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def store(project: Project, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Store:
-    if request.param == "postgres":
-        server: PostgresServer = request.getfixturevalue("postgres")
-        monkeypatch.setenv("FT_DATABASE_URL", server.new_database(uuid.uuid4().hex))
-    return open_store(project)
+@pytest.fixture
+def store(either_store: Store) -> Store:
+    return either_store
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
 import socket
@@ -14,11 +13,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-import uvicorn
 
 from serving.engine import Engine
 from serving.gateway import Gateway
 from serving.http_messages import MAX_BODY
+from serving.listening import http_server
 from serving.routes import Away, Board, Route, Routes
 from tests.fakes.canned_engine import CannedEngine, canned_engine
 
@@ -57,9 +56,7 @@ class Front:
 async def front(hold_seconds: float = 0.4) -> AsyncIterator[Front]:
     board = Board()
     listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(Gateway(board, KEY, hold_seconds), lifespan="off", ws="none", log_level="warning")
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    server = http_server(Gateway(board, KEY, hold_seconds), drain_seconds=5, log_level="warning")
     answering = asyncio.create_task(server.serve(sockets=[listening]))
     async with (
         canned_engine() as canned,
@@ -193,6 +190,19 @@ def test_a_body_that_is_too_large_is_not_taken(announced: bool) -> None:
         data: Any = io.BytesIO(b" " * (MAX_BODY + 1)) if announced else parts()
         async with here.session.post(here.url + CHAT, data=data) as got:
             assert (got.status, error_of(await got.text())["code"]) == (413, "request_too_large")
+
+    in_front(test)
+
+
+def test_headers_without_end_are_refused() -> None:
+    async def test(here: Front) -> None:
+        reading, writing = await asyncio.open_connection("127.0.0.1", int(here.url.rpartition(":")[2]))
+        writing.write(b"POST /v1/chat/completions HTTP/1.1\r\n")
+        for _ in range(80):
+            writing.write(b"X: " + b"a" * 1000 + b"\r\n")
+        assert (await reading.readline()).startswith(b"HTTP/1.1 431")
+        writing.close()
+        assert (await here.post({"model": "tickets", "messages": []}, **{"X-Long": "a" * 6000}))[0] == 200
 
     in_front(test)
 
