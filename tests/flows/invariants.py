@@ -30,7 +30,8 @@ def violations(swept: Swept, event: Event, run_id: str) -> list[str]:
         return [f"the run is {run.state} at {run.stage}: {run.error}"]
     version = int(run.result["version"])
     waits = {"MLflow is not told": lambda: not _untold(swept), "not served": lambda: _is_served(swept, version),
-             "events not decided": lambda: _is_decided(swept)}  # fmt: skip
+             "events not decided": lambda: _is_decided(swept),
+             "its workflow is on": lambda: run_id not in _still_on(swept)}  # fmt: skip
     late = [what for what, over in waits.items() if not _within(SETTLE_SECONDS, over, swept.keep_up)]
     checks = (_one_run, _one_result, _one_version, _one_move, _served_once, _all_events, _nothing_left)
     return [*late, *(wrong for check in checks for wrong in check(swept, event, run_id, version))]
@@ -112,22 +113,29 @@ def _all_events(swept: Swept, event: Event, run_id: str, version: int) -> Iterat
 
 
 def _nothing_left(swept: Swept, event: Event, run_id: str, version: int) -> Iterator[str]:
+    on = _still_on(swept)
+    if on and not runs.listed(swept.store, active=True):
+        yield f"workflows that are still on: {on}"
+    own = [each.status for each in _workflows(swept) if each.workflow_id == run_id]
+    if own != ["SUCCESS"]:
+        yield f"the workflow is {own}"
+    if trainers := swept.processes(f"jobs/{run_id}"):
+        yield f"its trainer still lives: {trainers}"
+
+
+def _still_on(swept: Swept) -> dict[str, str]:
+    return {each.workflow_id: each.status for each in _workflows(swept) if each.status in ("PENDING", "ENQUEUED")}
+
+
+def _workflows(swept: Swept) -> list[Any]:
     from dbos import DBOSClient, DBOSPortableJSONSerializer
 
     url = swept.parts.database_url or f"sqlite:///{swept.project.runs_database}"
     client = DBOSClient(system_database_url=url, serializer=DBOSPortableJSONSerializer())
     try:
-        known = client.list_workflows(load_input=False, load_output=False)
+        return client.list_workflows(load_input=False, load_output=False)
     finally:
         client.destroy()
-    own = [each.status for each in known if each.workflow_id == run_id]
-    if own != ["SUCCESS"]:
-        yield f"the workflow is {own}"
-    on = [(each.workflow_id, each.status) for each in known if each.status in ("PENDING", "ENQUEUED")]
-    if on and not runs.listed(swept.store, active=True):
-        yield f"workflows that are still on: {on}"
-    if trainers := swept.processes(f"jobs/{run_id}"):
-        yield f"its trainer still lives: {trainers}"
 
 
 def _untold(swept: Swept) -> list[Any]:
