@@ -31,7 +31,7 @@ def violations(swept: Swept, event: Event, run_id: str) -> list[str]:
     version = int(run.result["version"])
     waits = {"MLflow is not told": lambda: not _untold(swept), "not served": lambda: _is_served(swept, version),
              "events not decided": lambda: _is_decided(swept),
-             "its workflow is on": lambda: run_id not in _still_on(swept)}  # fmt: skip
+             "its workflows are on": lambda: not any(each.startswith(run_id) for each in _still_on(swept))}  # fmt: skip
     late = [what for what, over in waits.items() if not _within(SETTLE_SECONDS, over, swept.keep_up)]
     checks = (_one_run, _one_result, _one_version, _one_move, _served_once, _all_events, _nothing_left)
     return [*late, *(wrong for check in checks for wrong in check(swept, event, run_id, version))]
