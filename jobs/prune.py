@@ -22,6 +22,7 @@ from registry.events import append, new_event
 from registry.file_locks import try_exclusive
 from registry.project import Project, user_name
 from registry.retention import EndedRun, Keep, Known, Plan, decide
+from registry.settings import load_settings
 from registry.store import Store
 from serving.server_record import loaded_lately
 
@@ -77,7 +78,7 @@ def plan_of(project: Project, store: Store, keep: Keep, now: float) -> Plan:
         runs=tuple(_with_folder(project, run) for run in rows.ended_runs(store)),
         versions=tuple(rows.known_versions(store, loaded, now)),
         busy=rows.busy_runs(store),
-        passed=rows.passed_by_all(store),
+        passed=rows.passed_by_all(store, [each.name for each in load_settings(project).sinks]),
     )
     found = decide(keep, known, now)
     cards = list({card.name: card for card in [*list_cards(), pick_card("cpu")]}.values())

@@ -16,6 +16,7 @@ from registry.leases import is_gone, new_lease
 from registry.store import Connection, Store
 
 BATCH = 200
+PREFIX = "sink:"
 # A due time or a lease further off than this was set while the clock was wrong.
 NONSENSE_SECONDS = 2 * 86400.0
 
@@ -177,6 +178,11 @@ def disabled(store: Store, sink: str) -> str | None:
     return row["disabled"] if row else None
 
 
+def sink_of(cursor: str) -> str | None:
+    """The sink that reads the log with this cursor; None if none does."""
+    return cursor.removeprefix(PREFIX) if cursor.startswith(PREFIX) else None
+
+
 def states(store: Store) -> dict[str, dict[str, Any]]:
     """What is known of each sink, also of those that ft.yaml no longer has: counts, last error, times."""
     rows = store.read(
@@ -220,4 +226,4 @@ def _note_error_within(connection: Connection, sink: str, error: str) -> None:
 
 
 def _cursor(sink: str) -> str:
-    return f"sink:{sink}"
+    return f"{PREFIX}{sink}"

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from registry.events import causes, find
+from registry.outbox import sink_of
 from registry.retention import EndedRun, KnownVersion
 from registry.store import Store
 
@@ -51,10 +52,13 @@ def known_versions(store: Store, loaded: Collection[str], now: float) -> list[Kn
     ]  # fmt: skip
 
 
-def passed_by_all(store: Store) -> int:
-    """The number of the last event that every reader of the log has done with."""
-    row = store.first("SELECT min(seq) AS seq FROM cursors")
-    return int(row["seq"] or 0) if row else 0
+def passed_by_all(store: Store, sinks: Collection[str]) -> int:
+    """The number of the last event that every reader of the log has done with; of sinks, those of these names.
+
+    A sink that was taken out of ft.yaml never reads on.
+    """
+    rows = store.read("SELECT name, seq FROM cursors")
+    return min((row["seq"] for row in rows if (name := sink_of(row["name"])) is None or name in sinks), default=0)
 
 
 def causes_of(store: Store, run_ids: Collection[str]) -> frozenset[int]:

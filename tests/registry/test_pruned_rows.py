@@ -104,7 +104,7 @@ def test_until_when_a_version_was_champion(store: Store) -> None:
 
 def emptied(store: Store, before: float, **kept: Any) -> list[int]:
     pages = pruned_rows.old_events(
-        store, before, pruned_rows.passed_by_all(store), kept.get("kept", ()), kept.get("causing", ())
+        store, before, pruned_rows.passed_by_all(store, ["chat"]), kept.get("kept", ()), kept.get("causing", ())
     )
     numbers = [number for page in pages for number, _ in page]
     pruned_rows.empty_events(store, numbers)
@@ -127,7 +127,8 @@ def test_an_event_that_a_reader_has_not_passed_keeps_its_data(store: Store) -> N
     for number in range(4):
         append(store, new_event("a", "external.x", "", {"n": number}, key=str(number)))
     advance(store, "triggers", 4)
-    advance(store, "sink chat", 2)
+    advance(store, "sink:chat", 2)
+    advance(store, "sink:one that ft.yaml no longer has", 1)
     assert emptied(store, time.time() + 1) == [1, 2]
 
 
