@@ -2,7 +2,7 @@
 
 Enqueuing a run (row and event) against DBOS's own enqueue; a step of ours against a bare one; a whole workflow of ten
 steps, from the enqueued run to the end of its last step, against a bare one. Prints one JSON line: medians in
-milliseconds, ratios. BENCH_DATABASE=postgres for Postgres.
+milliseconds, ratios; and workflows per second where many are on at once. BENCH_DATABASE=postgres for Postgres.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from registry.store import Store, open_store
 from tests.postgres_server import postgres_server
 
 STEPS = 10
+AT_ONCE, ROUNDS = 50, 5
 # Who asks for the result each millisecond takes the interpreter from who is measured.
 LOOK_SECONDS = 0.1
 RECIPE = {"name": "bench", "model": "bench"}
@@ -72,7 +74,12 @@ def main() -> None:
         store = open_store(project)
         bind(project, store, load_settings(project))
         runtime.launch(project)
-        print(json.dumps({"database": os.environ.get("BENCH_DATABASE", "sqlite"), **measure(store, count)}), flush=True)
+        print(
+            json.dumps(
+                {"database": os.environ.get("BENCH_DATABASE", "sqlite"), **measure(store, count), **rates(store)}
+            ),
+            flush=True,
+        )
         os._exit(0)
 
 
@@ -103,6 +110,24 @@ def measure(store: Store, count: int) -> dict[str, Any]:
         for name in ("enqueue", "step", "all")
     }
     return {**medians, **ratios, "count": count}
+
+
+def rates(store: Store) -> dict[str, Any]:
+    """Workflows per second, submitting included, with so many on at once; rounds in turn."""
+    found: dict[str, list[float]] = {"rate": [], "rate_bare": []}
+    for number in range(ROUNDS):
+        ids = [f"r{number}-{each}" for each in range(AT_ONCE)]
+        found["rate"].append(_rate(our_workflow, ids, partial(_submit, store)))
+        found["rate_bare"].append(_rate(bare_workflow, ids, "bare-{}".format))
+    medians = {name: round(statistics.median(each), 1) for name, each in found.items()}
+    return {**medians, "rate_ratio": round(medians["rate_bare"] / medians["rate"], 2), "at_once": AT_ONCE}
+
+
+def _rate(flow: Callable[..., Any], ids: list[str], submit: Callable[[str], str]) -> float:
+    began = time.perf_counter()
+    handles = [_start(flow, submit(each)) for each in ids]
+    ends = [float(handle.get_result(polling_interval_sec=LOOK_SECONDS)[1]) for handle in handles]
+    return len(ids) / (max(ends) - began)
 
 
 def _submit(store: Store, name: str) -> str:
