@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -47,16 +47,21 @@ def train(task: Task) -> Trained:
         processing_class=tokenizer,
         callbacks=[_Watch(task, meter)],
     )
-    trainer.train(resume_from_checkpoint=_resume_from(task))
+    checkpoint = _resume_from(task)
+    if checkpoint and (ended := _ended_at(checkpoint)):
+        _take(trainer, meter, checkpoint, ended)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     unfinished = task.stop() if state.global_step < state.max_steps else None
     if unfinished is None:
         _save_adapter(task, trainer.model)
     losses = [line for line in state.log_history if "loss" in line]
+    counted = [line["num_tokens"] for line in state.log_history if "num_tokens" in line]
     evals = [line["eval_loss"] for line in state.log_history if "eval_loss" in line]
     return Trained(
         steps=state.global_step,
-        tokens=meter.tokens,
+        tokens=int(counted[-1]) if counted else 0,
         loss=losses[-1]["loss"] if losses else None,
         eval_loss=evals[-1] if evals else None,
         peak_memory=_peak_memory(),
@@ -174,6 +179,20 @@ def _dataset(encoded: list[Encoded]) -> Dataset:
 def _resume_from(task: Task) -> str | None:
     complete = task.job.complete_checkpoints()
     return str(complete[0]) if complete else None
+
+
+def _ended_at(checkpoint: str) -> TrainerState | None:
+    """The state of a checkpoint of the last step. From such a one transformers 5 would train one step more."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    return state if state.global_step >= state.max_steps else None
+
+
+def _take(trainer: SFTTrainer, meter: ProgressMeter, checkpoint: str, ended: TrainerState) -> None:
+    """The checkpoint's adapter and state as they are; what may be missing is the evaluation after the last step."""
+    trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
+    trainer.state = ended
+    meter.begin(ended.global_step, ended.max_steps)
+    trainer.evaluate()
 
 
 def _save_adapter(task: Task, model: Any) -> None:

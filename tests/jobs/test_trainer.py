@@ -273,6 +273,23 @@ def test_kill_9_and_the_next_trainer_goes_on_from_the_last_whole_checkpoint(make
     assert second == list(range(whole + 1, 61))
 
 
+def test_killed_after_the_last_checkpoint_it_trains_no_step_more(
+    done: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_CACHE", done.env["FT_CACHE"])
+    job = Job(JobFolder(tmp_path / "job"), done.env)
+    shutil.copytree(done.folder.path, job.folder.path)
+    for part in ("adapter", "result.json", "lease.json"):
+        gone = job.folder.path / part
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    assert run_job(job.folder) == OK
+    assert max(job.steps()) == result_of(job)["steps"] == 6
+    alike = ("tokens", "loss", "eval_loss")
+    assert [result_of(job)[each] for each in alike] == [result_of(done)[each] for each in alike]
+    weights = [each.folder.adapter / "adapter_model.safetensors" for each in (job, done)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_a_trainer_that_was_taken_over_publishes_nothing(make: Callable[..., Job]) -> None:
     job = make(max_steps=4000, checkpoint_steps=1000)
     taken: list[Held] = []
