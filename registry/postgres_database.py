@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -42,19 +42,19 @@ class PostgresDatabase:
         self.place = _without_password(url)
         self._url = url
         self._pool: ConnectionPool[Any] | None = None
-        self._first()
+        self._kept = [self._first()]
+        weakref.finalize(self, _close_all, self._kept)
 
     @contextmanager
     def connected(self) -> Iterator[_Connection]:
         import psycopg
-        from psycopg_pool import PoolTimeout
 
         try:
-            with self._opened().connection() as connection:
+            with self._first_again() or self._opened().connection() as connection:
                 yield _Connection(connection)
         except psycopg.IntegrityError:
             raise
-        except (psycopg.Error, PoolTimeout) as error:
+        except psycopg.Error as error:  # the pool's are of its kind too
             raise self._unusable(error) from error
 
     def begin(self, connection: Any) -> None:
@@ -83,27 +83,52 @@ class PostgresDatabase:
                 for table in ("events", "runs", "steps", "scores"):
                     connection.script(f"VACUUM {table}")
 
-    def _first(self) -> None:
-        """The pool says only that it waited in vain; one plain connection says why."""
+    def _first(self) -> psycopg.Connection[Any]:
+        """The pool says only that it waited in vain; a plain connection says why."""
         import psycopg
 
         try:
-            psycopg.connect(self._url, connect_timeout=5).close()
+            return psycopg.connect(self._url, connect_timeout=5, **self._options())
         except psycopg.Error as error:
             raise self._unusable(error) from error
 
+    def _first_again(self) -> AbstractContextManager[psycopg.Connection[Any]] | None:
+        """The first connection, unless it is in use or broken. Most commands need no other, and so no pool."""
+        import psycopg
+
+        with suppress(IndexError, psycopg.OperationalError):
+            connection = self._kept.pop()
+            _refuse_closed(connection)
+            return self._lent(connection)
+        return None
+
+    @contextmanager
+    def _lent(self, connection: psycopg.Connection[Any]) -> Iterator[psycopg.Connection[Any]]:
+        from psycopg.pq import TransactionStatus
+
+        try:
+            yield connection
+        finally:
+            if connection.info.transaction_status == TransactionStatus.IDLE:
+                self._kept.append(connection)
+            else:
+                connection.close()
+
     def _opened(self) -> ConnectionPool[Any]:
-        from psycopg.rows import dict_row
         from psycopg_pool import ConnectionPool
 
         if self._pool is None:
             self._pool = ConnectionPool(
                 self._url, min_size=0, max_size=20, open=True, timeout=PATIENCE_SECONDS,
-                check=_refuse_closed,
-                kwargs={"autocommit": True, "row_factory": dict_row, "options": f"-c lock_timeout={PATIENCE_SECONDS}s"},
+                check=_refuse_closed, kwargs=self._options(),
             )  # fmt: skip
             weakref.finalize(self, _close, self._pool).atexit = False  # threads may be at work until the very end
         return self._pool
+
+    def _options(self) -> dict[str, Any]:
+        from psycopg.rows import dict_row
+
+        return {"autocommit": True, "row_factory": dict_row, "options": f"-c lock_timeout={PATIENCE_SECONDS}s"}
 
     def _unusable(self, error: Exception) -> StoreError:
         text = str(error).strip() or type(error).__name__
@@ -150,6 +175,11 @@ class PostgresChanges:
             self._connection = None
             time.sleep(seconds)
             return True
+
+
+def _close_all(connections: list[psycopg.Connection[Any]]) -> None:
+    for connection in connections:
+        connection.close()
 
 
 def _close(pool: ConnectionPool[Any]) -> None:
