@@ -15,10 +15,10 @@ DEMO ?= .ft/demo
 
 setup: $(VENV)/.made
 
+# Compiled once: where PYTHONDONTWRITEBYTECODE is set, as CI's machines do, each process would do it again.
 $(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	# Compiled once: where PYTHONDONTWRITEBYTECODE is set, as CI's machines do, each process would do it again.
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[train,serve,dev]'
 	touch $@
 
