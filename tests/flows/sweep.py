@@ -121,12 +121,20 @@ def _news(swept: Swept, kind: str) -> tuple[Event, str]:
         event = new_event("tests/sweep", "external.go", "", {})
         _patiently(swept, lambda: append(swept.store, event))
     else:
+        while not _is_watched(swept):  # what is there at a worker's first look is no news
+            assert time.monotonic() < deadline, "nobody looked at the datasets"
+            swept.keep_up()
+            time.sleep(0.1)
         swept.change_data()
     while not (fresh := [each for each in _external(swept) if each.ref not in known]):
         assert time.monotonic() < deadline, "the changed dataset was not noticed"
         swept.keep_up()
         time.sleep(0.1)
     return fresh[0], run_id_of(MODEL, fresh[0])
+
+
+def _is_watched(swept: Swept) -> bool:
+    return bool(_patiently(swept, lambda: swept.store.first("SELECT 1 AS one FROM seen WHERE kind = 'dataset'")))
 
 
 def _external(swept: Swept) -> list[Event]:
