@@ -74,12 +74,8 @@ def main() -> None:
         store = open_store(project)
         bind(project, store, load_settings(project))
         runtime.launch(project)
-        print(
-            json.dumps(
-                {"database": os.environ.get("BENCH_DATABASE", "sqlite"), **measure(store, count), **rates(store)}
-            ),
-            flush=True,
-        )
+        database = os.environ.get("BENCH_DATABASE", "sqlite")
+        print(json.dumps({"database": database, **measure(store, count), **rates(store)}), flush=True)
         os._exit(0)
 
 
