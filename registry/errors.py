@@ -6,7 +6,9 @@
     │   ├── DataError              a data file or dataset that cannot be used
     │   ├── BaseModelError         a base model that is not there, or may not be used so
     │   ├── NotFound               a run, model, version or recipe that does not exist
-    │   └── Conflict               it is on already, or has changed meanwhile
+    │   ├── Conflict               it is on already, or has changed meanwhile
+    │   ├── DoesNotFit             a model that fits no card or pod that the recipe allows
+    │   └── BudgetError            a budget that is missing, or does not pay for it
     ├── Trouble           exit 1   it failed
     │   ├── StoreError             the project's database cannot be used
     │   ├── TrackerError           MLflow cannot be reached or refused
@@ -14,7 +16,13 @@
     │   ├── JobError               a trainer failed or was lost
     │   ├── TimedOut               a step took longer than the recipe allows
     │   ├── EngineError            vLLM did not start or did not answer
-    │   └── MissingPart            something is missing on this machine
+    │   ├── MissingPart            something is missing on this machine
+    │   ├── BucketError            the bucket of job folders cannot be used
+    │   └── CloudError             RunPod cannot be reached, or refused
+    │       ├── WrongKey               no key, or one that it does not take
+    │       ├── NoCredit               the account has no money left
+    │       ├── NoCapacity             none of that card is free just now
+    │       └── AnswerLost             nobody knows whether it was done: look before trying again
     └── GateClosed        exit 3   the gate said no, or cannot decide
 
 Each names the thing and the place, and, where there is one, the next command.
@@ -67,6 +75,14 @@ class Conflict(WrongInput):
     pass
 
 
+class DoesNotFit(WrongInput):
+    pass
+
+
+class BudgetError(WrongInput):
+    pass
+
+
 class Trouble(FtError):
     pass
 
@@ -96,6 +112,30 @@ class EngineError(Trouble):
 
 
 class MissingPart(Trouble):
+    pass
+
+
+class BucketError(Trouble):
+    pass
+
+
+class CloudError(Trouble):
+    pass
+
+
+class WrongKey(CloudError):
+    pass
+
+
+class NoCredit(CloudError):
+    pass
+
+
+class NoCapacity(CloudError):
+    pass
+
+
+class AnswerLost(CloudError):
     pass
 
 

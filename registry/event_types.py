@@ -90,6 +90,37 @@ TYPES: dict[str, EventType] = {
         "a job is tried again by itself; `after` is the trainer before, `train` what was changed", "run",
         {"after": WHOLE, "class": TEXT, "train": {"type": "object"}, "anew": {"type": "boolean"}},
     ),
+    "pod.created": EventType(
+        "a pod was rented (`adopted`: found, because the answer to its creation was lost)", "run",
+        {"pod": TEXT, "name": TEXT, "gpu": TEXT, "usd_per_hour": NUMBER, "reserved_usd": NUMBER},
+        {"adopted": {"type": "boolean"}},
+    ),
+    "pod.ended": EventType(
+        "a rented pod is gone", "run", {"name": TEXT, "reason": TEXT}, {"pod": TEXT, "seconds": NUMBER, "usd": NUMBER}
+    ),
+    "pod.reaped": EventType(
+        "a pod of this installation that no job wanted was ended", "pod name", {"pod": TEXT, "reason": TEXT}
+    ),
+    "pod.stuck": EventType(
+        "RunPod does not end a pod, and its bill grows; tried again for ever", "pod name",
+        {"pod": TEXT, "reason": TEXT, "attempts": WHOLE},
+    ),
+    "budget.warned": EventType(
+        "so much of a budget is spent or reserved", "run, day or month",
+        {"percent": WHOLE, "usd": NUMBER, "cap_usd": NUMBER, "period": TEXT},
+    ),
+    "budget.refused": EventType(
+        "a run would have gone beyond a budget, and nothing was rented", "run",
+        {"scope": TEXT, "usd": NUMBER, "cap_usd": NUMBER, "wanted_usd": NUMBER},
+    ),
+    "run.escalated": EventType(
+        "a version was not good enough, and another recipe was started", "run",
+        {"to": TEXT, "run": TEXT, "score": NUMBER, "limit": NUMBER, "max_usd": NUMBER},
+    ),
+    "run.escalation_wanted": EventType(
+        "a person is asked whether another recipe may be started", "run",
+        {"to": TEXT, "score": NUMBER, "limit": NUMBER, "max_usd": NUMBER, "deadline": NUMBER},
+    ),
     "run.tracker_away": EventType("MLflow did not answer; training goes on", "run", {}, FAILURE),
     "host.lost": EventType(
         "a host's worker was heard no more; its runs were handed on", "host", {"runs": {"type": "array", "items": TEXT}}

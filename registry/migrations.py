@@ -118,6 +118,31 @@ MIGRATIONS = [
     """
     DROP INDEX events_by_id;
     """,
+    # Money: what was meant to be rented (`rentals`, written before the create), each pod that ever bore our name, what
+    # caps were warned of. What finished runs measured (`measured`), for the planner. Serverless endpoints of ours.
+    """
+    CREATE TABLE installation (id TEXT PRIMARY KEY);
+    CREATE TABLE rentals (
+        name TEXT PRIMARY KEY, job TEXT NOT NULL, attempt INTEGER NOT NULL, recipe TEXT NOT NULL, model TEXT NOT NULL,
+        state TEXT NOT NULL, gpu TEXT NOT NULL, cloud TEXT NOT NULL, pod TEXT, usd_per_hour REAL NOT NULL,
+        reserved_usd REAL NOT NULL, intended REAL NOT NULL, created REAL, ended REAL, reason TEXT NOT NULL DEFAULT '',
+        body TEXT NOT NULL DEFAULT '{}', UNIQUE (job, attempt));
+    CREATE INDEX rentals_open ON rentals (state) WHERE state NOT IN ('ended', 'void');
+    CREATE INDEX rentals_by_time ON rentals (intended);
+    CREATE TABLE rented_pods (
+        pod TEXT PRIMARY KEY, name TEXT NOT NULL, usd_per_hour REAL NOT NULL, created REAL NOT NULL, ended REAL,
+        billed_usd REAL, final INTEGER NOT NULL DEFAULT 0);
+    CREATE INDEX rented_pods_by_name ON rented_pods (name);
+    CREATE TABLE budget_warnings (
+        scope TEXT NOT NULL, period TEXT NOT NULL, percent INTEGER NOT NULL, PRIMARY KEY (scope, period, percent));
+    CREATE TABLE measured (
+        run_id TEXT PRIMARY KEY, card TEXT NOT NULL, model TEXT NOT NULL, stack TEXT NOT NULL, created REAL NOT NULL,
+        body TEXT NOT NULL);
+    CREATE INDEX measured_by_card ON measured (card, model, stack);
+    CREATE TABLE endpoints (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, model TEXT NOT NULL, version INTEGER NOT NULL,
+        created REAL NOT NULL, ended REAL, billed_usd REAL NOT NULL DEFAULT 0, body TEXT NOT NULL);
+    """,
 ]
 
 

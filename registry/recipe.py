@@ -13,11 +13,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from registry.cloud_terms import CloudTerms, Escalation, RunBudget
 from registry.errors import RecipeError
 from registry.recipe_part import VARIABLE, Part, Text
 from registry.run_control import ApprovalTerms, Retries, Timeouts
@@ -65,6 +66,13 @@ class Lora(Part):
     targets: Literal["all-linear"] | list[Text] = "all-linear"
 
 
+def _batch(given: Any) -> Any:
+    # Of a union pydantic would complain once for each branch.
+    if given == "auto" or (isinstance(given, int) and not isinstance(given, bool) and given >= 1):
+        return given
+    raise ValueError("batch is a whole number of at least 1, or auto")
+
+
 class Train(Part):
     """How the adapter is trained."""
 
@@ -73,13 +81,29 @@ class Train(Part):
     lora: Lora = Lora()
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps")
-    batch: int = Field(8, ge=1, description="Rows per step and device")
+    batch: Annotated[int | Literal["auto"], BeforeValidator(_batch)] = Field(
+        8, description="Rows per step and device; auto: as many as the plan says fit, effective_batch stays"
+    )
     accumulate: int = Field(1, ge=1, description="Steps whose gradients make one update")
+    effective_batch: int | None = Field(None, ge=1, le=4096, description="With `batch: auto`: rows of one update (16)")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="The 8-bit ones (bitsandbytes) hold a quarter of the state; GPU only"
+    )
+    checkpointing: bool = Field(True, description="On a GPU: recompute activations, a third slower, far less memory")
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Part of the steps over which the rate rises")
     max_length: int = Field(1024, ge=16, description="Tokens per row; a longer row is an error, not a cut")
     checkpoint_steps: int = Field(50, ge=1, description="A checkpoint every so many steps")
+    smoke: bool = Field(True, description="First the longest rows, one checkpoint, one resume, one evaluation batch")
     seed: int = 17
+
+    @model_validator(mode="after")
+    def _effective_batch_is_of_auto(self) -> Train:
+        if self.effective_batch is not None and self.batch != "auto":
+            raise ValueError("effective_batch belongs to `batch: auto`; otherwise it is batch * accumulate")
+        if self.batch == "auto" and self.accumulate != 1:
+            raise ValueError("with `batch: auto` the plan sets accumulate: write effective_batch")
+        return self
 
 
 class Evaluate(Part):
@@ -156,8 +180,14 @@ class Finetune(Part):
     timeouts: Timeouts = Timeouts()
     serve: Serve = Serve()
     card: Text = Field(
-        "auto", description="auto, cpu, or a card as `ft cards` names it", examples=["auto", "cuda:0", "desk/cuda-0"]
+        "auto",
+        description="auto, cpu, runpod, or a card as `ft cards` names it; auto rents only with `cloud`, where no own "
+        "card fits",
+        examples=["auto", "cuda:0", "desk/cuda-0", "runpod"],
     )
+    cloud: CloudTerms | None = Field(None, description="What may be rented; nothing otherwise")
+    budget: RunBudget = RunBudget()
+    escalate: Escalation | None = Field(None, description="What to run when the version is not good enough")
     tracking: Tracking = Tracking()
     on: Triggers | None = Field(None, description="Events that start a run; without it a person does")
 
@@ -168,6 +198,8 @@ class Finetune(Part):
             raise ValueError(
                 f"gate.metric {self.gate.metric} is not one of task {self.evaluate.task}: {', '.join(metrics)}"
             )
+        if self.card == "runpod" and self.cloud is None:
+            raise ValueError("`card: runpod` needs a section `cloud:`, at least `cloud: {max_usd_per_hour: 0.8}`")
         return self
 
 
@@ -303,7 +335,9 @@ def _stem(path: Path) -> str:
 
 def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
     # Of a union, pydantic names the branch too: targets.list[str].1
-    place = tuple(part for part in problem["loc"] if problem["type"] == "extra_forbidden" or "[" not in str(part))
+    *before, last = problem["loc"] or ("recipe",)
+    kept = [part for part in before if "[" not in str(part)]
+    place = (*kept, last) if problem["type"] == "extra_forbidden" or "[" not in str(last) else (*kept,)
     dotted = ".".join(str(part) for part in place)
     line = _line(node, place)
     if problem["type"] == "extra_forbidden":
@@ -311,7 +345,7 @@ def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{path}:{line}: {dotted or 'recipe'}: {message[:1].lower() + message[1:]}{shown}"
+    return f"{path}:{line}: {dotted}: {message[:1].lower() + message[1:]}{shown}"
 
 
 def _line(node: yaml.Node | None, place: tuple[Any, ...]) -> int:

@@ -15,6 +15,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from registry.cloud_terms import Budgets, CardSetting
 from registry.errors import WrongInput
 from registry.project import Project
 from registry.retention import Keep
@@ -49,6 +50,22 @@ class Settings(BaseSettings):
     mlflow_webhook_secret: str = Field("", description="The secret of MLflow's webhooks; without one they are refused")
     keep: Keep = Field(Keep(), description="What `ft prune` deletes, and when: docs/retention.md")
     internal_key: str = Field("", description="Key for versions without a passing verdict; made at random otherwise")
+
+    budgets: Budgets = Field(Budgets(), description="What may be spent: run_usd, day_usd, month_usd (docs/cloud.md)")
+    cards: dict[str, CardSetting] = Field({}, description="What to believe of a card of this host, by its name")
+    runpod_api_key: str = Field("", description="RunPod's key; RUNPOD_API_KEY is taken as well")
+    runpod_url: str = Field("https://api.runpod.io", description="RunPod's REST API, without /v2")
+    runpod_serverless_url: str = Field("https://api.runpod.ai/v2", description="RunPod's job API of endpoints")
+    runpod_image: str = Field("", description="The image that pods start, made of jobs/image/Dockerfile")
+    pod_start_seconds: float = Field(1200, gt=0, description="A pod whose trainer is not heard for so long is ended")
+    settle_seconds: float = Field(60, ge=0, description="How long RunPod's list of pods may lag behind")
+    bucket: str = Field("", description="Where job folders of pods lie", examples=["s3://ft-jobs/desk"])
+    s3_endpoint: str = Field("", description="S3 endpoint; AWS otherwise")
+    s3_region: str = Field("auto", description="S3 region")
+    s3_access_key: str = Field("", description="Our key id for the bucket; boto3's own ways otherwise")
+    s3_secret_key: str = Field("", description="The secret of s3_access_key")
+    pod_s3_access_key: str = Field("", description="Key id that pods get, which reaches this bucket and nothing else")
+    pod_s3_secret_key: str = Field("", description="The secret of pod_s3_access_key")
 
     sinks: tuple[Sink, ...] = Field((), description="Where news goes as it happens: webhooks, chats (docs/triggers.md)")
 

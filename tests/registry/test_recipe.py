@@ -29,16 +29,16 @@ CHECK = "`ft recipe schema` lists every key; then `ft recipe check {path}`"
 # What is added to GOOD (or stands for it), and the message, where {path} is the file.
 ADDED = [
     ("xyz: 1\n", "{path}:7: xyz: unknown key; there are: kind, name, model, description, use, base, data, train, "
-     "evaluate, gate, promote, approval, retries, timeouts, serve, card, tracking, on"),
+     "evaluate, gate, promote, approval, retries, timeouts, serve, card, cloud, budget, escalate, tracking, on"),
     ("trian: {}\n", "{path}:7: trian: unknown key; did you mean 'train'?"),
     ("finetune: {}\n", "{path}:7: finetune: unknown key; there are: kind, name, model, description, use, base, data, "
-     "train, evaluate, gate, promote, approval, retries, timeouts, serve, card, tracking, on"),
+     "train, evaluate, gate, promote, approval, retries, timeouts, serve, card, cloud, budget, escalate, tracking, on"),
     ("train:\n  learnin_rate: 1\n", "{path}:8: train.learnin_rate: unknown key; did you mean 'learning_rate'?"),
     ("train:\n  lora:\n    rnak: 8\n", "{path}:9: train.lora.rnak: unknown key; did you mean 'rank'?"),
     ("train:\n  lora: {rank: 12}\n",
      "{path}:8: train.lora.rank: input should be 1, 8, 16, 32, 64, 128, 256, 320 or 512 (given: 12)"),
     ("train:\n  batch: many\n",
-     "{path}:8: train.batch: input should be a valid integer, unable to parse string as an integer (given: 'many')"),
+     "{path}:8: train.batch: batch is a whole number of at least 1, or auto (given: 'many')"),
     ("train: 3\n", "{path}:7: train: input should be a valid dictionary or instance of Train (given: 3)"),
     ("train:\n  epochs: .inf\n", "{path}:8: train.epochs: input should be a finite number (given: inf)"),
     ("gate:\n  min: .nan\n", "{path}:8: gate.min: input should be a finite number (given: nan)"),
@@ -105,7 +105,7 @@ def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
         f"{path}:2: base.model: field required",
         f"{path}:2: base.modle: unknown key; did you mean 'model'?",
         f"{path}:1: data: field required",
-        f"{path}:4: train.batch: input should be greater than or equal to 1 (given: 0)",
+        f"{path}:4: train.batch: batch is a whole number of at least 1, or auto (given: 0)",
         f"{path}:5: train.seed: input should be a valid integer, unable to parse string as an integer (given: 'x')",
         f"{path}:6: evaluate: task json needs json_schema",
         f"{path}:7: serv: unknown key; did you mean 'serve'?",
