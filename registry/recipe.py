@@ -81,7 +81,7 @@ class Train(Part):
     lora: Lora = Lora()
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps")
-    batch: Annotated[int | Literal["auto"], BeforeValidator(_batch)] = Field(
+    batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_batch)] = Field(
         8, description="Rows per step and device; auto: as many as the plan says fit, effective_batch stays"
     )
     accumulate: int = Field(1, ge=1, description="Steps whose gradients make one update")
