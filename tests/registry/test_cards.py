@@ -11,7 +11,28 @@ from collections.abc import Callable
 
 import pytest
 
-from registry.cards import CardLock, holder, list_cards, marker, pick_card, try_lock, wanted
+from registry.cards import (
+    BESIDE,
+    GIB,
+    LOCK,
+    Card,
+    CardLock,
+    Seen,
+    Whose,
+    _whose,
+    as_set,
+    card_seen,
+    holder,
+    holder_beside,
+    list_cards,
+    marker,
+    pick_card,
+    refuse_serving,
+    try_lock,
+    try_lock_beside,
+    wanted,
+)
+from registry.cloud_terms import CardSetting
 from registry.errors import WrongInput
 from registry.project import Project
 from tests.conftest import run_bounded, started
@@ -156,3 +177,93 @@ def test_cards_are_named_as_recipes_write_them() -> None:
     with pytest.raises(WrongInput, match="no card 'cuda:99' on this host") as caught:
         pick_card("cuda:99")
     assert "there is: " in caught.value.fix
+
+
+VISION, TRAINER = 41, 42
+DESK = Card("cuda-0", "NVIDIA GeForce RTX 3070", 8 * GIB, 0, 2 * GIB)
+
+
+def seen(used: float, *processes: tuple[int, float | None]) -> Seen:
+    """An 8 GiB card; sizes in GiB."""
+    sizes = tuple((pid, None if size is None else round(size * GIB)) for pid, size in processes)
+    return Seen(0, "NVIDIA GeForce RTX 3070", 8 * GIB, round(used * GIB), "8.6", sizes)
+
+
+@pytest.mark.parametrize(
+    ("said", "held", "taken"),
+    [
+        (seen(0.4), False, 0.4),  # what the driver keeps for itself
+        (seen(2.5, (VISION, 2)), False, 2.5),
+        (seen(7.5, (VISION, 2), (TRAINER, 5)), True, 2.5),
+        (seen(7.5, (VISION, 2), (TRAINER, None)), True, 2),  # how much is the trainer's is not told
+        (seen(7.5, (VISION, None), (TRAINER, None)), True, 0),
+        (seen(7.5, (VISION, 2), (99, 5)), True, 2.5),  # a pid of another namespace: the holder's in its container
+        (seen(7.5, (VISION, 2), (99, 5)), False, 7.5),
+        (seen(2.5, (VISION, 2)), True, 2),  # the trainer has only just begun
+        (seen(7.5), True, 0),  # WSL names no processes
+    ],
+)
+def test_what_others_than_the_holder_have_of_a_card_counts_as_taken(said: Seen, held: bool, taken: float) -> None:
+    known: dict[int, Whose] = {VISION: "another's", TRAINER: "ours"}
+    card = card_seen(said, held=held, whose=lambda pid: known.get(pid, "unseen"))
+    assert (card.name, card.capability, card.used) == ("cuda-0", "8.6", round(taken * GIB))
+    assert card.free == 8 * GIB - card.used
+
+
+def test_a_process_is_ours_when_its_session_holds_the_lock(project: Project) -> None:
+    lock = locked(project)
+    path = (project.cards / "cpu" / LOCK).resolve()
+    with started(SLEEP, cwd=project.root) as other, started(SLEEP, cwd=project.root, pass_fds=[lock.fd]) as own:
+        assert (first_line(other), first_line(own)) == ("on", "on")
+        assert (_whose(own.pid, path), _whose(other.pid, path)) == ("ours", "another's")
+    assert _whose(own.pid, path) == "unseen"
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    ("setting", "free"),
+    [
+        (CardSetting(), 6),
+        (CardSetting(keep_free_gb=1.5), 4.5),
+        (CardSetting(memory_gb=5), 5),
+        (CardSetting(memory_gb=7, keep_free_gb=1), 5),
+        (CardSetting(keep_free_gb=9), 0),
+    ],
+)
+def test_what_ft_yaml_says_of_a_card_is_kept_to(setting: CardSetting, free: float) -> None:
+    for name in ("cuda-0", "cuda:0"):
+        [card] = as_set([DESK], {name: setting, "cuda-1": CardSetting(memory_gb=1)})
+        assert card.free == free * GIB
+    assert as_set([DESK], {"cuda-1": setting}) == [DESK]
+
+
+def test_a_card_can_be_taken_for_another_one() -> None:
+    [card] = as_set([DESK], {"cuda-0": CardSetting(profile="RTX 4070 SUPER", serve="share")})
+    assert (card.known_as, card.title, card.serve) == ("RTX 4070 SUPER", DESK.title, "share")
+    assert DESK.known_as == DESK.title
+
+
+def test_a_card_that_is_not_for_serving_is_refused_and_the_error_says_where_to_look() -> None:
+    with pytest.raises(WrongInput, match="cuda-0 is not for serving") as caught:
+        refuse_serving(DESK, {"cuda:0": CardSetting(serve="never")})
+    assert caught.value.place == "ft.yaml: cards.cuda-0"
+    refuse_serving(DESK, {"cuda:0": CardSetting(serve="share")})
+    refuse_serving(DESK, {})
+
+
+def test_a_server_that_shares_leaves_the_card_to_a_trainer_and_its_memory_counts(project: Project) -> None:
+    server = try_lock_beside(project, CPU, "ft serve, pid 7", 3 * GIB)
+    assert server is not None
+    assert try_lock_beside(project, CPU, "another server", GIB) is None
+    assert (holder(project, CPU), holder_beside(project, CPU)) == ("", "ft serve, pid 7")
+    trainer = locked(project, "a trainer")
+    assert (holder(project, CPU), pick_card("cpu").used) == ("a trainer", 3 * GIB)
+    trainer.release()
+    server.release()
+    assert (holder_beside(project, CPU), pick_card("cpu").used) == ("", 0)
+    assert (project.cards / "cpu" / BESIDE).exists()
+
+
+def test_looking_at_cards_makes_no_folders(project: Project) -> None:
+    assert pick_card("cpu").used == 0
+    assert not project.cards.exists()
