@@ -1,4 +1,7 @@
-"""A run that waits for a person: the version passed, and `promote: approve` asks before it answers anybody."""
+"""A run that waits for a person: the version passed, and `promote: approve` asks before it answers anybody.
+
+`until_answered` is for whatever else a person is asked.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,22 @@ async def wait_for_approval(bench: Bench, run_id: str, verdict: State) -> State:
     """Until somebody answers or the time is over. Holds no card; the deadline is in the store."""
     subject, limit = (verdict["model"], verdict["version"]), bench.recipe(run_id).approval.timeout
     asking = approvals.ask(bench.store, run_id, verdict["id"], *subject, seconds=seconds(limit))
+    asking = await until_answered(bench, asking, seconds(limit))
+    said = {"answer": asking.answer, "by": asking.by_whom, "reason": asking.reason, "at": asking.answered}
+    runs.note_result(bench.store, run_id, approval=said)
+    return {**verdict, **said, "outcome": "pass" if asking.answer == "approved" else asking.answer}
+
+
+async def until_answered(bench: Bench, asking: Approval, limit: float) -> Approval:
+    """The same question with its answer; the time of waiting, of `limit` seconds at most, is counted apart."""
     clock, behind = WallClock(), time.time() - asking.asked
     if asking.answer is None and behind < -JUMP_SECONDS:  # the clock was put back while no worker looked
         asking = approvals.move_deadline(bench.store, asking, behind)
     while asking.answer is None:
         await asyncio.sleep(LOOK_SECONDS)
         asking = await asyncio.to_thread(_look, bench, asking, clock.jump())
-    bench.note_outside("approval", _waited(asking, seconds(limit)))
-    said = {"answer": asking.answer, "by": asking.by_whom, "reason": asking.reason, "at": asking.answered}
-    runs.note_result(bench.store, run_id, approval=said)
-    return {**verdict, **said, "outcome": "pass" if asking.answer == "approved" else asking.answer}
+    bench.note_outside("approval", _waited(asking, limit))
+    return asking
 
 
 class WallClock:
@@ -60,7 +69,7 @@ def _look(bench: Bench, asking: Approval, jumped: float) -> Approval:
         return approvals.promoted_by_hand(bench.store, asking, by)
     if time.time() > asking.deadline:
         return approvals.expire(bench.store, asking)
-    return approvals.get(bench.store, asking.run_id, asking.verdict)
+    return approvals.get(bench.store, asking.run_id, asking.verdict, asking.starts)
 
 
 def _waited(answered: Approval, limit: float) -> float:

@@ -28,7 +28,7 @@ async def _post(message: Message, timeout: float) -> Answer:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout)) as session,
             session.post(URL(message.url, encoded=True), data=message.body, headers=message.headers,
-                         allow_redirects=False, proxy=_proxy(message.url)) as reply,
+                         allow_redirects=False, proxy=proxy_for(message.url)) as reply,
         ):  # fmt: skip
             text = await _beginning(reply)
             wait = reply.headers.get("Retry-After", "")
@@ -53,7 +53,7 @@ async def _beginning(reply: object) -> str:
     return found.decode("utf-8", errors="replace")
 
 
-def _proxy(url: str) -> str | None:
+def proxy_for(url: str) -> str | None:
     """As the environment says. Not aiohttp's own `trust_env`, which would send passwords of .netrc too."""
     parts = urlsplit(url)
     return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)

@@ -72,11 +72,14 @@ def backoff(attempt: int, luck: float) -> float:
 
 def _asked(answer: Answer, now: float) -> float | None:
     """When the receiver wants to be asked again: Retry-After is seconds or a date."""
-    if answer.status not in (429, 503) or not answer.wait:
-        return None
-    if answer.wait.strip().isdecimal():
-        return now + max(1.0, float(answer.wait.strip()[:9]))
+    return retry_after(answer.wait, now) if answer.status in (429, 503) and answer.wait else None
+
+
+def retry_after(header: str, now: float) -> float | None:
+    """Unix time, a second from now at the least; None for what is neither seconds nor a date."""
+    if header.strip().isdecimal():
+        return now + max(1.0, float(header.strip()[:9]))
     try:
-        return max(now + 1.0, parsedate_to_datetime(answer.wait).timestamp())
+        return max(now + 1.0, parsedate_to_datetime(header).timestamp())
     except (ValueError, OverflowError):
         return None

@@ -31,7 +31,7 @@ def past_of(store: Store, subscriber: Subscriber, event: Event, now: float) -> P
         active=tuple(each.id for each in reversed(active)),
         begun=times,
         feedback=_feedback(store, subscriber, event, max(times, default=0.0)),
-        chain=_chain(store, event),
+        chain=chain_to(store, event),
     )
 
 
@@ -64,6 +64,13 @@ def decision_for(store: Store, run_id: str) -> tuple[int, Decision] | None:
     """The event's sequence number and the decision that started the run; None where a person did."""
     row = store.first("SELECT * FROM decisions WHERE run_id = ?", (run_id,))
     return (int(row["seq"]), _decision(row)) if row else None
+
+
+def chain_to(store: Store, event: Event) -> tuple[str, ...]:
+    """Recipes whose runs led to the event, the first first; the event itself need not be in the log."""
+    submitted = [each for each in reversed([event, *causes(store, event)]) if each.type == "run.submitted"]
+    # A run's id begins with its recipe's name, which is still there when the event's data have been pruned.
+    return tuple(str(each.data.get("recipe") or each.subject.rpartition("-")[0]) for each in submitted)
 
 
 def _write(connection: Connection, event: Event, decision: Decision) -> None:
@@ -106,10 +113,3 @@ def _count(store: Store, where: str, values: list[Any], at_most: int | None) -> 
     limit, values = ("", values) if at_most is None else (" LIMIT ?", [*values, at_most])
     row = store.first(f"SELECT count(*) AS n FROM (SELECT 1 AS one FROM events WHERE {where}{limit}) AS found", values)
     return int(row["n"]) if row else 0
-
-
-def _chain(store: Store, event: Event) -> tuple[str, ...]:
-    """Recipes whose runs led to the event, the first first."""
-    submitted = [each for each in reversed([event, *causes(store, event)]) if each.type == "run.submitted"]
-    # A run's id begins with its recipe's name, which is still there when the event's data have been pruned.
-    return tuple(str(each.data.get("recipe") or each.subject.rpartition("-")[0]) for each in submitted)

@@ -70,9 +70,9 @@ TYPES: dict[str, EventType] = {
         "a person is asked whether a version may be promoted", "run",
         {"version": TEXT, "verdict": WHOLE, "deadline": NUMBER},
     ),
-    "run.approved": EventType("a person said yes", "run", ANSWER),
-    "run.rejected": EventType("a person said no", "run", ANSWER),
-    "run.approval_timed_out": EventType("nobody answered in time, which counts as no", "run", ANSWER),
+    "run.approved": EventType("a person said yes", "run", ANSWER, {"to": TEXT}),
+    "run.rejected": EventType("a person said no", "run", ANSWER, {"to": TEXT}),
+    "run.approval_timed_out": EventType("nobody answered in time, which counts as no", "run", ANSWER, {"to": TEXT}),
     "job.started": EventType("a trainer is at work on a run's job", "run", {"card": TEXT, "epoch": WHOLE}),
     "job.finished": EventType(
         "a trainer has left a result that counts", "run", {"epoch": WHOLE},

@@ -143,6 +143,19 @@ MIGRATIONS = [
         id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, model TEXT NOT NULL, version INTEGER NOT NULL,
         created REAL NOT NULL, ended REAL, billed_usd REAL NOT NULL DEFAULT 0, body TEXT NOT NULL);
     """,
+    # A person is asked of one verdict twice where the recipe escalates: `starts` is the recipe that a yes would start, ''
+    # where it would promote.
+    """
+    CREATE TABLE questions (
+        run_id TEXT NOT NULL, verdict INTEGER NOT NULL, starts TEXT NOT NULL DEFAULT '', model TEXT NOT NULL,
+        version INTEGER NOT NULL, asked REAL NOT NULL, deadline REAL NOT NULL, answer TEXT, by_whom TEXT, reason TEXT,
+        answered REAL, PRIMARY KEY (run_id, verdict, starts));
+    INSERT INTO questions (run_id, verdict, model, version, asked, deadline, answer, by_whom, reason, answered)
+        SELECT run_id, verdict, model, version, asked, deadline, answer, by_whom, reason, answered FROM approvals;
+    DROP TABLE approvals;
+    ALTER TABLE questions RENAME TO approvals;
+    CREATE INDEX approvals_open ON approvals (asked) WHERE answer IS NULL;
+    """,
 ]
 
 
