@@ -70,6 +70,9 @@ class Engine:
         except (aiohttp.ClientError, TimeoutError, RuntimeError):  # RuntimeError: the session is closed
             return False
 
+    def refusal(self, status: int, first: bytes) -> None:
+        """vLLM's own answers are in OpenAI's form, and are passed on as they are."""
+
     async def models(self) -> dict[str, str]:
         """What it has loaded: adapter name -> folder, without the base."""
         body = await self._json("GET", "/v1/models", seconds=LOOK_SECONDS)

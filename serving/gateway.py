@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from serving.engine import BASE, Engine
+from serving.engine import BASE
 from serving.http_messages import (
     ClientGone,
     Headers,
@@ -30,7 +30,7 @@ from serving.http_messages import (
     send_json,
     send_refusal,
 )
-from serving.routes import Away, Board, Route
+from serving.routes import Away, Board, Route, Upstream
 
 HOLD_SECONDS = 5.0
 COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -83,7 +83,7 @@ class Gateway:
         routes = self.board.routes
         reasons = sorted({each.reason for each in routes.away.values()})
         # One model that was refused is no reason to take the whole gateway out of service.
-        status = 200 if routes.internal else 503
+        status = 200 if routes.internal or routes.remote else 503
         body = {
             "status": "ok" if status == 200 else "away",
             "generation": routes.generation,
@@ -92,7 +92,8 @@ class Gateway:
         await send_json(send, status, body, headers)
 
     def _models(self) -> dict[str, Any]:
-        found = self.board.routes.public.items()
+        routes = self.board.routes
+        found = {**routes.remote, **routes.public}.items()
         data = [
             {
                 "id": name,
@@ -132,7 +133,7 @@ class Gateway:
             except UpstreamBroke as error:
                 raise Refusal(503, f"the engine broke twice: {error}", "engine_away", retry_after=5) from error
 
-    async def _route(self, name: str, internal: bool, broken: Engine | None = None) -> Route:
+    async def _route(self, name: str, internal: bool, broken: Upstream | None = None) -> Route:
         """Look once; while the name's engine is away (or has just broken), hold on for a moment."""
         deadline = time.monotonic() + self.hold_seconds
         while True:
@@ -176,6 +177,8 @@ class Gateway:
                 raise UpstreamBroke(_said(error)) from error
             async with answer:
                 first = await _first_part(answer, last)
+                if refusal := route.engine.refusal(answer.status, first):
+                    raise refusal
                 await send(
                     {
                         "type": "http.response.start",

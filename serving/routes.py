@@ -12,16 +12,37 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from serving.engine import Engine
+import aiohttp
+
+from serving.http_messages import Refusal
+
+
+class Upstream(Protocol):
+    """What answers behind the gateway: an engine of this server, or a serverless endpoint.
+
+    Its session carries the upstream's own key; requests go to `url` + /v1/...
+    """
+
+    url: str
+    session: aiohttp.ClientSession
+
+    async def healthy(self, seconds: float) -> bool:
+        """Never raises."""
+        ...
+
+    def refusal(self, status: int, first: bytes) -> Refusal | None:
+        """What to tell the caller instead of an answer that is not in OpenAI's form, or betrays what lies behind."""
+        ...
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where a name leads: the adapter (`model@N`, or `base`) as the engine calls it."""
+    """Where a name leads: the adapter (`model@N`, or `base`) as the upstream calls it."""
 
     adapter: str
-    engine: Engine
+    engine: Upstream
 
 
 @dataclass(frozen=True)
@@ -43,15 +64,17 @@ class Routes:
     away: Mapping[str, Away] = field(default_factory=dict)
     # Models that exist but are not answered here: why.
     closed: Mapping[str, str] = field(default_factory=dict)
+    # Serverless endpoints: they answer where no engine of this server does.
+    remote: Mapping[str, Route] = field(default_factory=dict)
 
     def find(self, name: str, *, internal: bool) -> Route | Away | None:
         """`internal`: the caller has the internal key, and so may name versions that no gate has passed."""
-        found = self.public.get(name) or self.away.get(name)
+        found = self.public.get(name) or self.remote.get(name) or self.away.get(name)
         return found or (self.internal.get(name) if internal else None)
 
     def nearest(self, name: str) -> list[str]:
         models = {each for each in self.away if "@" not in each}
-        names = sorted({*self.public, *models})
+        names = sorted({*self.public, *self.remote, *models})
         return difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
 
 
@@ -64,7 +87,15 @@ class Board:
         self._changed = asyncio.Event()
 
     def flip(self, routes: Routes) -> None:
-        """Put new routes in force, atomically, and wake whoever waits for a change."""
+        """Put new routes in force, atomically, and wake whoever waits for a change. Endpoints stay."""
+        self._put(replace(routes, remote=self.routes.remote))
+
+    def lend(self, remote: Mapping[str, Route]) -> None:
+        """The endpoints that answer from now on; nothing if they are the same."""
+        if remote != self.routes.remote:
+            self._put(replace(self.routes, remote=remote))
+
+    def _put(self, routes: Routes) -> None:
         self.routes = replace(routes, generation=self.routes.generation + 1)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
