@@ -113,6 +113,11 @@ class RunPod:
         """Fine when it is gone already. Its workers end, its waiting jobs are lost."""
         self._calls.ask("DELETE", f"/v2/serverless/{quote(id, safe='')}", may_be_gone=True)
 
+    def stale_workers(self, id: str) -> int:
+        """Workers of the endpoint that still run with the image or env of before the last update."""
+        found = items(self._calls.ask("GET", f"/v2/serverless/{quote(id, safe='')}/workers"), "workers")
+        return sum(1 for each in found if isinstance(each, dict) and each.get("isStale"))
+
     def endpoint_billing(self, since: float | None = None, endpoint: str | None = None) -> dict[str, float]:
         """As `billing`, by endpoint id."""
         params = _period(since, "serverlessId", endpoint)

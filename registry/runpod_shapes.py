@@ -35,7 +35,8 @@ class Pod:
 @dataclass(frozen=True)
 class GpuOffer:
     """One GPU type: `id` is what a PodOrder takes. Prices are USD per hour, None where that cloud does not have it.
-    `availability` is NONE, LOW, MEDIUM or HIGH, '' if not told; `data_centers` are those that have some now."""
+    `availability` is NONE, LOW, MEDIUM or HIGH, '' if not told; `data_centers` are those that have some now. `pool` is
+    what an EndpointOrder takes, `serverless_usd` the price of one worker's GPU there."""
 
     id: str
     name: str
@@ -45,6 +46,7 @@ class GpuOffer:
     availability: str
     data_centers: tuple[str, ...]
     pool: str | None = None
+    serverless_usd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def offer_of(answer: Any) -> GpuOffer:
             if isinstance(each, dict) and each.get("id") and each.get("availability") != "NONE"
         ),
         pool=answer.get("pool") or None,
+        serverless_usd=_price(prices.get("serverless"), bool(answer.get("pool"))),
     )
 
 
