@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from registry.cloud_terms import CardSetting
     from registry.hosts import Host, HostCard
     from registry.project import Project
     from registry.store import Store
@@ -20,22 +22,25 @@ JSON = typer.Option("--json", help="Print as JSON")
 def cards(context: typer.Context, as_json: Annotated[bool, JSON] = False) -> None:
     """Show the cards of all hosts that share this project's database: what runs on each, and what waits for it.
 
+    `taken` is what a trainer cannot have: what other programs hold, and what ft.yaml keeps free.
+
     Example: ft cards
     """
     if context.invoked_subcommand:
         return
     from cli.console import print_json, say, table
     from registry.project import find_project
+    from registry.settings import load_settings
     from registry.store import open_store
 
     project = find_project()
-    found = list(_lines(project, open_store(project)))
+    found = list(_lines(project, open_store(project), load_settings(project).cards))
     if as_json:
         print_json(found)
         return
-    rows = [[each["card"], each["title"], each["state"], ", ".join(each["running"]), ", ".join(each["waiting"])]
-            for each in found]  # fmt: skip
-    table(["card", "", "state", "runs", "waiting"], rows)
+    rows = [[each["card"], each["title"], _gib(each["memory"]), _gib(each["taken"]), each["serve"], each["state"],
+             ", ".join(each["running"]), ", ".join(each["waiting"])] for each in found]  # fmt: skip
+    table(["card", "", "memory", "taken", "serving", "state", "runs", "waiting"], rows)
     if not any(each["worker"] for each in found):
         say("no worker is on; `ft run` starts one, `ft worker` keeps one")
 
@@ -76,16 +81,18 @@ def _change(card: str, change: Any, done: str, not_so: str, as_json: bool) -> No
     print_json({"card": place.name, "state": done}) if as_json else say(f"{place.name}: {done}")
 
 
-def _lines(project: Project, store: Store) -> Any:
+def _lines(project: Project, store: Store, settings: Mapping[str, CardSetting]) -> Any:
     from registry.hosts import all_cards, hosts, pauses
 
     known, paused, planned = hosts(store), pauses(store), _planned(store)
-    for place in all_cards(known):
+    for place in all_cards(known, settings):
         runs = planned.get(place.name, [])
         running = [run.id for run in runs if run.stage.split(":")[0] in ("train", "evaluate", "starting the engine")]
         host = next((each for each in known if each.id == place.host), None)
         yield {
-            "card": place.name, "title": place.card.title, "memory": place.card.memory, "worker": host is not None,
+            "card": place.name, "title": place.card.title, "memory": place.card.memory,
+            "taken": place.card.memory - place.card.free, "used": place.card.used, "serve": place.card.serve,
+            "capability": place.card.capability, "profile": place.card.profile, "worker": host is not None,
             "state": _state(project, place, host, place.name in paused), "running": running,
             "waiting": [run.id for run in runs if run.id not in running],
         }  # fmt: skip
@@ -104,12 +111,17 @@ def _planned(store: Store) -> dict[str, list[Any]]:
 
 def _state(project: Project, place: HostCard, host: Host | None, paused: bool) -> str:
     from cli.console import ago
-    from registry.cards import holder
+    from registry.cards import holder, holder_beside
     from registry.hosts import host_id
 
     words = ["paused"] if paused else []
     if place.host == host_id():
         words.append(f"held by {has}" if (has := holder(project, place.card)) else "free")
+        words += [f"shared by {has}"] if (has := holder_beside(project, place.card)) else []
     elif host:
         words.append(f"its worker wrote {ago(host.seen)}")
     return ", ".join(words)
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"

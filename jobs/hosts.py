@@ -8,21 +8,23 @@ do no harm: every start is keyed by the run's id, and the durable engine takes r
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from dbos import DBOS
 
 from jobs import runtime
 from registry import runs
+from registry.cloud_terms import CardSetting
 from registry.events import append, new_event
-from registry.hosts import Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
+from registry.hosts import AS_THEY_ARE, Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
 from registry.store import Store
 
 
 class Post:
     """This host's place among the hosts."""
 
-    def __init__(self, store: Store, lost_seconds: float) -> None:
-        self.store, self.name, self.cards = store, host_id(), served_cards()
+    def __init__(self, store: Store, lost_seconds: float, settings: Mapping[str, CardSetting] = AS_THEY_ARE) -> None:
+        self.store, self.name, self.cards, self.settings = store, host_id(), served_cards(), settings
         self._started, self._pulse, self._beaten = time.time(), Pulse(lost_seconds), 0.0
         self._beat_seconds = lost_seconds / 6
         self._living: list[Host] = []
@@ -33,7 +35,7 @@ class Post:
         if time.monotonic() - self._beaten < self._beat_seconds:
             return
         self._beaten = time.monotonic()
-        beat(self.store, self.name, self._started, self.cards)
+        beat(self.store, self.name, self._started, served_cards(self.settings))  # what is taken changes
         known = hosts(self.store)
         self._living = self._pulse.living(known)
         if self.leads:

@@ -60,7 +60,7 @@ def work(project: Project, *, forever: bool = False, ready: Path | None = None) 
     threading.Thread(target=_keep_pruned, args=[project, store, settings], name="prune", daemon=True).start()
     threading.Thread(target=AliasWatch(project, store).run, name="aliases", daemon=True).start()
     changes, busy_at, messages = store.database.changes(), time.monotonic(), Deliverer(project, store)
-    post, dispatcher = Post(store, settings.lost_seconds), Dispatcher(project, store)
+    post, dispatcher = Post(store, settings.lost_seconds, settings.cards), Dispatcher(project, store)
     messages.start()
     while True:
         if _look(store, post, dispatcher, messages):

@@ -94,17 +94,13 @@ def as_set(cards: Sequence[Card], settings: Mapping[str, CardSetting]) -> list[C
 
 def refuse_serving(card: Card, settings: Mapping[str, CardSetting]) -> None:
     """Raises WrongInput where ft.yaml keeps the card free of servers."""
-    if serve_mode(card, settings) == "never":
+    [card] = as_set([card], settings)
+    if card.serve == "never":
         raise WrongInput(
             f"card {card.name} is not for serving (`serve: never`)",
             place=f"ft.yaml: cards.{card.name}",
             fix="name another card in the recipe (`card:`), or write `serve: evict` or `serve: share` there",
         )
-
-
-def serve_mode(card: Card, settings: Mapping[str, CardSetting]) -> ServeMode:
-    setting = _setting(card, settings)
-    return setting.serve if setting else card.serve
 
 
 def card_seen(seen: Seen, *, held: bool, whose: Callable[[int], Whose]) -> Card:

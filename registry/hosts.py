@@ -10,13 +10,21 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from registry.cards import Card, list_cards, pick_card
+from registry.cards import Card, as_set, list_cards, pick_card
 from registry.errors import WrongInput
 from registry.events import append_within, new_event
 from registry.store import Store, dump
+
+if TYPE_CHECKING:
+    from registry.cloud_terms import CardSetting
+
+# Of `ft.yaml`, where it says nothing.
+AS_THEY_ARE: Mapping[str, CardSetting] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,10 @@ def host_id() -> str:
     return "".join(each if each.isascii() and each.isalnum() else "-" for each in name.lower()) or "host"
 
 
-def served_cards() -> list[Card]:
-    """The cards of this machine that its worker serves; the CPU always is one."""
+def served_cards(settings: Mapping[str, CardSetting] = AS_THEY_ARE) -> list[Card]:
+    """The cards of this machine that its worker serves, as ft.yaml's `cards` sets them; the CPU always is one."""
     found = {card.name: card for card in [*list_cards(), pick_card("cpu")]}
-    return list(found.values())
+    return as_set([*found.values()], settings)
 
 
 def beat(store: Store, host: str, started: float, cards: Iterable[Card]) -> None:
@@ -135,9 +143,9 @@ def resume_card(store: Store, place: HostCard, by_whom: str) -> bool:
         return bool(done.rowcount)
 
 
-def all_cards(known: Iterable[Host]) -> list[HostCard]:
-    """This host's cards first, then those of the others."""
-    here = [HostCard(host_id(), card) for card in served_cards()]
+def all_cards(known: Iterable[Host], settings: Mapping[str, CardSetting] = AS_THEY_ARE) -> list[HostCard]:
+    """This host's cards first, as ft.yaml's `cards` sets them, then those of the others as they set theirs."""
+    here = [HostCard(host_id(), card) for card in served_cards(settings)]
     return here + [HostCard(each.id, card) for each in known if each.id != host_id() for card in each.cards]
 
 

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from registry.base_models import BaseModel
-from registry.cards import Card, CardLock, marker, try_lock
+from registry.cards import Card, CardLock, marker, refuse_serving, try_lock
 from registry.errors import Conflict, EngineError, from_dict
 from registry.project import Project
 from registry.recipe import Serve
@@ -47,8 +47,10 @@ def start_server(
 ) -> ServerStatus:
     """Make sure that a server for `base` runs, and wait until it answers (or waits for its card).
 
-    Raises Conflict if one for another base runs; Trouble (a port in use), EngineError, MissingPart if it ends.
+    Raises Conflict if one for another base runs, WrongInput for a card that is not for serving; Trouble (a port in
+    use), EngineError, MissingPart if it ends.
     """
+    refuse_serving(card, settings.cards)
     running = server_status(store)
     if running is None:
         ensure_vllm(project, settings, card, say)

@@ -22,8 +22,18 @@ from pathlib import Path
 
 import uvicorn
 
-from registry.base_models import read_base
-from registry.cards import CardLock, holder, pick_card, try_lock, wanted
+from registry.base_models import base_path, read_base
+from registry.cards import (
+    CardLock,
+    as_set,
+    holder,
+    holder_beside,
+    pick_card,
+    refuse_serving,
+    try_lock,
+    try_lock_beside,
+    wanted,
+)
 from registry.errors import BaseModelError, EngineError, FtError, StoreError, Trouble
 from registry.project import Project, find_project
 from registry.recipe import Serve
@@ -35,7 +45,7 @@ from serving.reconciler import Reconciler, nothing_answers, rank_needed, wanted_
 from serving.routes import Away, Board
 from serving.server_keys import write_keys
 from serving.server_record import ERROR_LINE, ServerStatus, State, only_server, write_status
-from serving.vllm_process import EngineConfig, VllmProcess, engine_rank, start_vllm
+from serving.vllm_process import EngineConfig, VllmProcess, engine_memory, engine_rank, start_vllm
 
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 1.0
@@ -45,7 +55,11 @@ TRAINING_RETRY_AFTER = 30
 
 
 def run_server(project: Project, store: Store, settings: Settings, config: EngineConfig) -> None:
-    """Serve until SIGTERM or SIGINT. Raises Trouble for a port in use, Conflict beside another server."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises Trouble for a port in use, Conflict beside another server, WrongInput for a card that is not for serving.
+    """
+    refuse_serving(config.card, settings.cards)
     with only_server(project, store) as still:
         listening = listen_as_gateway(settings)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -60,7 +74,8 @@ class Server:
     """The state between rounds: at most one vLLM, with its card lock and its reconciler."""
 
     def __init__(self, project: Project, store: Store, settings: Settings, config: EngineConfig) -> None:
-        self.project, self.store, self.settings, self.config = project, store, settings, config
+        [card] = as_set([config.card], settings.cards)
+        self.project, self.store, self.settings, self.config = project, store, settings, replace(config, card=card)
         self.board = Board()
         self.internal_key = settings.internal_key or secrets.token_urlsafe(32)
         self.vllm: VllmProcess | None = None
@@ -151,9 +166,10 @@ class Server:
     async def _start_engine(self, max_rank: int) -> None:
         if time.monotonic() < self.not_before:
             return
-        self.lock = try_lock(self.project, self.config.card, f"ft serve, pid {os.getpid()}")
+        self.lock = self._try_lock()
         if self.lock is None:
-            self._say("waiting for the card", f"held by {holder(self.project, self.config.card)}")
+            has = (holder_beside if self._shares else holder)(self.project, self.config.card)
+            self._say("waiting for the card", f"held by {has}")
             return
         self._say("engine restarting" if self.status.engine_starts else "starting")
         self.config = replace(self.config, max_rank=max_rank)
@@ -172,6 +188,18 @@ class Server:
         )
         self._write_keys()
         self._watching = asyncio.create_task(self._watch(self.vllm))
+
+    def _try_lock(self) -> CardLock | None:
+        card, name = self.config.card, f"ft serve, pid {os.getpid()}"
+        if self._shares:
+            given = engine_memory(base_path(self.project, self.config.base), self.config)
+            return try_lock_beside(self.project, card, name, given)
+        return try_lock(self.project, card, name)
+
+    @property
+    def _shares(self) -> bool:
+        """Does the server stay on its card when a trainer wants it?"""
+        return self.config.card.serve == "share"
 
     async def _watch(self, vllm: VllmProcess) -> None:
         """Take the routes away the moment the engine is gone, not at the next round."""
@@ -196,7 +224,7 @@ class Server:
 
     def _training_waits(self) -> bool:
         card = self.config.card
-        return wanted(self.project, card, "train") and not wanted(self.project, card, "eval")
+        return not self._shares and wanted(self.project, card, "train") and not wanted(self.project, card, "eval")
 
     async def _give_way(self) -> None:
         away = Away("its card is given to training", retry_after=TRAINING_RETRY_AFTER, hold=False)

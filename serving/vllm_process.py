@@ -18,7 +18,7 @@ from pathlib import Path
 
 from registry.admission import RANKS
 from registry.base_models import BaseModel, base_path, context_length
-from registry.cards import Card, CardLock
+from registry.cards import GIB, Card, CardLock
 from registry.errors import EngineError, MissingPart
 from registry.project import Project
 from registry.recipe import Serve
@@ -37,6 +37,8 @@ INNER_WEIGHT = re.compile(r".*\.\d+\.(?:.*\.)?(\w+)\.weight")
 NO_LORA = {"gate", "router"}  # of mixtures of experts: vLLM wraps neither
 LOG_BYTES = 10_000_000
 STOP_SECONDS = keeper.GRACE_SECONDS + 10
+# Of a vLLM that shares its card, beside weights and KV cache: CUDA's context, activations, LoRA slots.
+SHARED_ROOM = round(1.5 * GIB)
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,17 @@ def vllm_arguments(config: EngineConfig, folder: Path, port: int) -> list[str]:
         "--disable-uvicorn-access-log",
         *(["--enforce-eager"] if config.card.is_cpu else []),
     ]
+    if config.card.serve == "share" and not config.card.is_cpu:
+        # vLLM refuses to start where less than this part of the card is free, and else takes nine tenths of it.
+        options["gpu-memory-utilization"] = round(engine_memory(folder, config) / config.card.memory, 3)
     modules = ["--lora-target-modules", *lora_modules(folder)]
     return [*flags, *modules, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+
+
+def engine_memory(folder: Path, config: EngineConfig) -> int:
+    """Bytes that a vLLM is given on a card that it shares: weights, `serve.memory_gb` of KV cache, and some room."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return weights + round(config.serve.memory_gb * GIB) + SHARED_ROOM
 
 
 def lora_modules(folder: Path) -> list[str]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 
 import pytest
 
 from registry.cards import Card
+from registry.cloud_terms import CardSetting
 from registry.errors import WrongInput
 from registry.events import newest
-from registry.hosts import Host, HostCard, Pulse, beat, choose_card, hosts, leave, pause_card, pauses, resume_card
+from registry.hosts import (
+    Host,
+    HostCard,
+    Pulse,
+    all_cards,
+    beat,
+    choose_card,
+    hosts,
+    leave,
+    pause_card,
+    pauses,
+    resume_card,
+)
+from registry.project import Project
 from registry.store import Store
 
 CPU, GPU = Card("cpu", "CPU", 8), Card("cuda-0", "RTX 4070 SUPER", 12, 0)
@@ -74,6 +90,29 @@ def test_hosts_come_beat_and_leave(store: Store) -> None:
     ]
     leave(store, "desk")
     assert [each.id for each in hosts(store)] == ["attic"]
+
+
+def test_a_card_that_was_beaten_before_cards_knew_what_is_taken_can_still_be_read(store: Store) -> None:
+    beat(store, "desk", 5.0, [GPU])
+    old = {"cards": [{"name": "cuda-0", "title": "RTX 4070 SUPER", "memory": 12, "index": 0}], "pid": 1}
+    with store.writing() as connection:
+        connection.execute("UPDATE hosts SET body = ?", (json.dumps(old),))
+    [desk] = hosts(store)
+    assert desk.cards == (GPU,)
+    assert desk.cards[0].used == 0
+
+
+def test_a_host_tells_the_others_what_is_taken_and_what_its_ft_yaml_says(store: Store) -> None:
+    told = replace(GPU, used=3, keep_free=1, serve="share", profile="RTX 4080", limit=9, capability="8.9")
+    beat(store, "desk", 5.0, [told])
+    [card] = next(each.cards for each in hosts(store))
+    assert (card, card.used, card.free) == (told, 3, 8)
+
+
+def test_settings_are_for_this_hosts_cards_only(project: Project, store: Store) -> None:
+    beat(store, "desk", 5.0, [CPU])
+    here, there = all_cards(hosts(store), {"cpu": CardSetting(keep_free_gb=1)})
+    assert (here.card.keep_free, there.card.keep_free) == (1 << 30, 0)
 
 
 def test_a_card_is_paused_once_and_it_is_written_down(store: Store) -> None:
