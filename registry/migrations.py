@@ -143,8 +143,8 @@ MIGRATIONS = [
         id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, model TEXT NOT NULL, version INTEGER NOT NULL,
         created REAL NOT NULL, ended REAL, billed_usd REAL NOT NULL DEFAULT 0, body TEXT NOT NULL);
     """,
-    # A person is asked of one verdict twice where the recipe escalates: `starts` is the recipe that a yes would start, ''
-    # where it would promote.
+    # A person is asked of one verdict twice where the recipe escalates: `starts` is the recipe that a yes would
+    # start, '' where it would promote.
     """
     CREATE TABLE questions (
         run_id TEXT NOT NULL, verdict INTEGER NOT NULL, starts TEXT NOT NULL DEFAULT '', model TEXT NOT NULL,
