@@ -100,11 +100,12 @@ class RunPod:
 
     def update_endpoint(
         self, id: str, *, image: str | None = None, env: dict[str, str] | None = None, workers_min: int | None = None,
-        workers_max: int | None = None,
+        workers_max: int | None = None, idle_seconds: int | None = None,
     ) -> Endpoint:  # fmt: skip
         """Change what is given and nothing else; `env` replaces the whole of it. Workers that run keep the image and
         the env that they were started with. Raises CloudError if there is no such endpoint."""
-        workers = {name: value for name, value in (("min", workers_min), ("max", workers_max)) if value is not None}
+        given_workers = (("min", workers_min), ("max", workers_max), ("idleTimeout", idle_seconds))
+        workers = {name: value for name, value in given_workers if value is not None}
         given = {"image": image, "env": env, "workers": workers or None}
         body = {name: value for name, value in given.items() if value is not None}
         return endpoint_of(self._calls.ask("PATCH", f"/v2/serverless/{quote(id, safe='')}", body=body))
