@@ -1,4 +1,4 @@
-"""`ft approve`: a person says yes or no to a version that passed its gate."""
+"""`ft approve`: a person says yes or no to a version that passed its gate, or to a recipe that is to do better."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from registry.approvals import Approval
     from registry.store import Store
 
 
 def approve(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or the beginning of one")] = "",
-    no: Annotated[bool, typer.Option("--no", help="It is not to be promoted")] = False,
+    no: Annotated[bool, typer.Option("--no", help="It is not to be promoted, or not started")] = False,
     reason: Annotated[str, typer.Option("--reason", help="Why; kept with the answer")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """Answer a run whose recipe says `promote: approve`. Without RUN: list what waits for an answer.
+    """Answer a run whose recipe says `promote: approve`, or `approve: true` in `escalate`.
+
+    Without RUN: list what waits for an answer.
 
     The first answer counts. Who gave it, when and why is kept.
 
@@ -44,7 +47,7 @@ def approve(
     if as_json:
         print_json(vars(said))
         return
-    say(f"{said.name} {said.answer} by {said.by_whom}")
+    say(f"{said.what} {said.answer} by {said.by_whom}")
     if run.state == "paused":
         say(f"the run is paused; `ft resume {run.id}` lets it go on")
 
@@ -66,6 +69,16 @@ def _list(store: Store, as_json: bool) -> None:
     for each in waiting:
         paused = runs.get(store, each.run_id).state == "paused"
         until = datetime.fromtimestamp(each.deadline).isoformat(sep=" ", timespec="minutes")
-        rows.append([each.run_id, each.name, ago(each.asked), "paused" if paused else until])
-    table(["run", "version", "asked", "until"], rows)
+        rows.append([each.run_id, each.name, _yes(store, each), ago(each.asked), "paused" if paused else until])
+    table(["run", "version", "yes", "asked", "until"], rows)
     say("`ft show RUN` has scores and answers; `ft approve RUN` says yes, with --no no")
+
+
+def _yes(store: Store, asked: Approval) -> str:
+    """What a yes does."""
+    from registry import runs
+
+    if not asked.starts:
+        return "promotes it"
+    most = runs.get(store, asked.run_id).result["escalated"]["max_usd"]
+    return f"starts {asked.starts}, ${most:g} at most"

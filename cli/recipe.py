@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from registry.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -26,7 +29,9 @@ def check(
     errors, good = [], {}
     for file in files:
         try:
-            good[str(file)] = digest(load_recipe(file))
+            loaded = load_recipe(file)
+            _check_escalation(file, loaded)
+            good[str(file)] = digest(loaded)
         except RecipeError as error:
             errors.append(error)
     if as_json:
@@ -50,3 +55,18 @@ def schema() -> None:
     from registry.recipe import recipe_schema
 
     print_json(recipe_schema())
+
+
+def _check_escalation(file: Path, loaded: Recipe) -> None:
+    """Its other recipe is read from the project that the file lies in."""
+    from registry.errors import NotFound, RecipeError
+    from registry.escalation import check_escalation
+    from registry.project import find_project
+
+    if loaded.escalate is None:
+        return
+    try:
+        root = find_project(file.resolve().parent).root
+    except NotFound as error:
+        raise RecipeError(f"escalate.to: {error.what}", place=str(file), fix=error.fix) from error
+    check_escalation(root, loaded, str(file))

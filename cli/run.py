@@ -28,12 +28,14 @@ def run(
     from cli.watch import exit_as, watch
     from jobs.worker_process import ensure_worker, submitting
     from registry import runs
+    from registry.escalation import check_escalation
     from registry.project import find_project
     from registry.recipe import digest, load_recipe
     from registry.store import open_store
 
     project = find_project()
     loaded = load_recipe(recipe)
+    check_escalation(project.root, loaded, str(recipe))
     check_inputs(project, loaded)
     store = open_store(project)
     with submitting(project):

@@ -43,7 +43,7 @@ def runs(
             for run in found
         ],
     )
-    if any(run.stage == "waiting for approval" and not run.ended for run in found):
+    if any(run.stage.startswith("waiting for approval") and not run.ended for run in found):
         say("`ft approve RUN` (or `ft approve RUN --no`) answers a run that waits for approval")
     if interrupted:
         say("no worker is on: `ft resume RUN` lets an interrupted run go on")

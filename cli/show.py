@@ -67,11 +67,11 @@ def _how(retry: dict[str, Any]) -> str:
 def _answered(asked: Approval, ended: bool) -> str:
     if asked.answer is None:
         state = "was not answered" if ended else f"waits for `ft approve` until {_when(asked.deadline)}"
-        return f"approval of {asked.name} {state}"
+        return f"approval of {asked.what} {state}"
     if asked.answer == "timed_out":
-        return f"approval of {asked.name} timed out at {_when(asked.deadline)}"
+        return f"approval of {asked.what} timed out at {_when(asked.deadline)}"
     reason = f": {asked.reason}" if asked.reason else ""
-    return f"{asked.name} was {asked.answer} by {asked.by_whom} at {_when(asked.answered or 0)}{reason}"
+    return f"{asked.what} was {asked.answer} by {asked.by_whom} at {_when(asked.answered or 0)}{reason}"
 
 
 def _when(moment: float) -> str:

@@ -96,6 +96,10 @@ def print_outcome(store: Store, run: runs.Run) -> None:
     _print_probes(result)
     for check in result.get("checks", []):
         say(f"  {check['outcome']:9} {check['text']}")
+    if escalated := result.get("escalated"):
+        from registry.escalation import told  # reads recipes: pydantic would make every `ft show` slower
+
+        say(told(escalated))
     if promoted := result.get("promoted"):
         before = f" (was {promoted['from']})" if promoted["from"] else ""
         say(f"champion of {run.model} is now version {promoted['to']}{before}")
