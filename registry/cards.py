@@ -266,6 +266,8 @@ def _nvidia_cards() -> list[Card]:
 def _seen(nvml: Any, index: int) -> Seen:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory, capability = nvml.nvmlDeviceGetMemoryInfo(handle), ""
+    with suppress(nvml.NVMLError):  # without what the driver keeps for itself; of a driver of 2021 or later
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     with suppress(nvml.NVMLError):
         capability = "{}.{}".format(*nvml.nvmlDeviceGetCudaComputeCapability(handle))
     processes: dict[int, int | None] = {}
