@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from registry.file_locks import alone
 from registry.manifest import broken_files
@@ -53,8 +54,24 @@ class LeaseLost(Exception):
     """Somebody else has changed the lease: stop, and publish nothing."""
 
 
+class Claims(Protocol):
+    """Where a trainer claims its job: the job's folder, or a bucket. `term`: seconds without a renewal end a claim."""
+
+    term: float
+
+    def lease(self) -> Held | None: ...
+
+    def claim(self, owner: str, seen: Held | None) -> Held: ...
+
+    def renew(self, held: Held) -> Held: ...
+
+    def accept(self, held: Held, result: dict[str, Any], adapter: Path | None = None) -> Held: ...
+
+
 class JobFolder:
     """One job's folder on a local (or shared) disk."""
+
+    term = math.inf  # a trainer on this machine is known to be gone by its card's lock
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,7 +104,7 @@ class JobFolder:
         target = self.path / "spec.json"
         if target.exists() and target.read_text(encoding="utf-8") != text:
             raise ValueError(f"{target} is there already, with other content")
-        _replace(target, text)
+        write_whole(target, text)
 
     def spec(self) -> dict[str, Any]:
         return dict(json.loads((self.path / "spec.json").read_text(encoding="utf-8")))
@@ -96,7 +113,7 @@ class JobFolder:
         """From now on the job is done so; `after` is the epoch of the trainer that has failed, `train` what changes."""
         folder = self.path / "attempts"
         folder.mkdir(exist_ok=True)
-        _replace(folder / f"{change['after']:04d}.json", json.dumps(change, sort_keys=True, ensure_ascii=False))
+        write_whole(folder / f"{change['after']:04d}.json", json.dumps(change, sort_keys=True, ensure_ascii=False))
 
     def attempts(self) -> list[dict[str, Any]]:
         """All changes, the last one last."""
@@ -134,7 +151,7 @@ class JobFolder:
             if adapter:
                 shutil.rmtree(self.adapter, ignore_errors=True)
                 adapter.replace(self.adapter)
-            _replace(self.path / "result.json", text)
+            write_whole(self.path / "result.json", text)
             return accepted
 
     def result(self) -> dict[str, Any] | None:
@@ -150,7 +167,7 @@ class JobFolder:
         return held.lease.epoch if held and self.result() else 0
 
     def ask_to_stop(self, reason: str) -> None:
-        _replace(self.path / "stop.json", json.dumps({"reason": reason}))
+        write_whole(self.path / "stop.json", json.dumps({"reason": reason}))
 
     def stop_reason(self) -> str | None:
         text = _read(self.path / "stop.json")
@@ -164,7 +181,7 @@ class JobFolder:
         folder = self.path / "progress"
         folder.mkdir(exist_ok=True)
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-        _replace(folder / f"{epoch:04d}-{number:06d}.jsonl", text)
+        write_whole(folder / f"{epoch:04d}-{number:06d}.jsonl", text)
 
     def progress_files(self) -> list[Path]:
         """Batches in the order in which they were written."""
@@ -177,7 +194,7 @@ class JobFolder:
 
     def complete_checkpoints(self) -> list[Path]:
         """Checkpoints whose every file is as their manifest says, the one with the most steps first."""
-        found = sorted(self.checkpoints.glob("*-*"), key=_steps_of, reverse=True)
+        found = sorted(self.checkpoints.glob("*-*"), key=steps_of, reverse=True)
         return [each for each in found if not broken_files(each)]
 
     def prune_checkpoints(self, keep: int) -> None:
@@ -192,19 +209,21 @@ class JobFolder:
         if (now.etag if now else None) != (seen.etag if seen else None):
             raise LeaseLost(str(self.path))
         text = json.dumps(asdict(new), sort_keys=True)
-        _replace(self.path / "lease.json", text)
+        write_whole(self.path / "lease.json", text)
         return Held(new, _digest(text))
 
     def _exclusive(self) -> AbstractContextManager[None]:
         return alone(self.path / ".lock")
 
 
-def _steps_of(checkpoint: Path) -> tuple[int, int]:
+def steps_of(checkpoint: Path) -> tuple[int, int]:
+    """Steps and epoch in a checkpoint's name, to sort by."""
     epoch, _, step = checkpoint.name.partition("-")
     return (int(step), int(epoch)) if epoch.isdigit() and step.isdigit() else (-1, -1)
 
 
-def _replace(target: Path, text: str) -> None:
+def write_whole(target: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as out:
         out.write(text)

@@ -22,6 +22,7 @@ from registry.settings import Settings
 
 START_SECONDS = 60
 OWN, POD = ("ft-own-key", "ft-own-secret-1"), ("ft-pod-key", "ft-pod-secret-1")
+READER = ("ft-reader-key", "ft-reader-secret-1")
 JOBS, OTHER = "ft-jobs", "ft-other"
 
 
@@ -98,7 +99,13 @@ def _identities() -> dict[str, Any]:
         return {"name": name, "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}], "actions": actions}
 
     limited = [f"{action}:{JOBS}" for action in ("Read", "Write", "List")]
-    return {"identities": [one("own", OWN, ["Admin", "Read", "Write", "List"]), one("pod", POD, limited)]}
+    return {
+        "identities": [
+            one("own", OWN, ["Admin", "Read", "Write", "List"]),
+            one("pod", POD, limited),
+            one("reader", READER, [limited[0], limited[2]]),
+        ]
+    }
 
 
 def _answers(server: WeedServer) -> bool:
