@@ -16,6 +16,7 @@ from typing import Any
 from dbos import DBOS, SetWorkflowID
 
 from jobs.approval import wait_for_approval
+from jobs.escalation import escalate
 from jobs.evaluation.ask_on_engine import ask_on_engine
 from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
@@ -50,7 +51,10 @@ SERVED_SECONDS = 300.0
 
 @DBOS.workflow(name="finetune")
 async def finetune(run_id: str) -> State:
-    """pin -> plan -> train on a card -> register -> evaluate where it will serve -> judge (-> approval) -> promote."""
+    """pin -> plan -> train on a card -> register -> evaluate where it will serve -> judge (-> approval) -> promote.
+
+    What is not promoted may lead to another recipe (`escalate`).
+    """
     try:
         await take_turn(run_id)
         plan = await make_plan(run_id, await pin_data(run_id))
@@ -59,6 +63,8 @@ async def finetune(run_id: str) -> State:
         verdict, moved = await _judge_and_promote(run_id, plan, version)
         if moved:
             await wait_until_served(run_id, moved)
+        elif plan.get("escalate"):  # a plan that an older ft made has none
+            await escalate(run_id, plan, verdict)
         return await conclude(run_id, verdict)
     except Exception as error:
         await through_outage(_note_failure, run_id, error)
@@ -129,6 +135,7 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
         "card": place.card.name,
         "host": place.host,
         "promote": recipe.promote,
+        "escalate": recipe.escalate and ("approve" if recipe.escalate.approve else "auto"),
         "commit": git_commit(bench.project.root),
     }
 
