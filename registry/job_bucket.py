@@ -97,7 +97,8 @@ class JobBucket:
             return
         # The result before the lease that names it: who sees the lease sees the result.
         lease = Lease(**json.loads(found.body))
-        if lease.result and (text := self._result_text(lease)):
+        # A result that is here keeps its time, which tells a run that is resumed that it is an old one.
+        if lease.result and lease.result != _digest_of(job.path / "result.json") and (text := self._result_text(lease)):
             write_whole(job.path / "result.json", text.decode())
         write_whole(job.path / "lease.json", found.body.decode())
 
@@ -304,6 +305,10 @@ def attempt_of(lease: Lease) -> int:
     """The number of the pod that claimed it."""
     number = lease.owner.partition("/")[0].removeprefix("a")
     return int(number) if number.isdecimal() else 0
+
+
+def _digest_of(file: Path) -> str:
+    return sha256_of(file) if file.exists() else ""
 
 
 def _is_open(lease: Lease, new: Lease) -> bool:

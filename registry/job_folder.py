@@ -77,6 +77,11 @@ class JobFolder:
         self.path = path
 
     @property
+    def name(self) -> str:
+        """The job's id, which is its run's."""
+        return self.path.name
+
+    @property
     def data(self) -> Path:
         return self.path / "data"
 
