@@ -36,6 +36,8 @@ from registry.recipe import Base, expand
 
 HOUR = 3600
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+# What a plan needs of a model that is not here yet: its shape, and how it counts tokens.
+SMALL = ["config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,25 @@ def fetch_base(project: Project, base: Base, say: Callable[[str], None] = lambda
             pinned = _pinned(base, reference)
             model = _in_cache(project, pinned, reference) or _bring(project, pinned, reference)
     return replace(model, licence=base.licence or model.licence)
+
+
+def fetch_small_files(project: Project, base: Base) -> Path:
+    """A folder with config.json and tokenizer of a model of the hub. Raises BaseModelError if they cannot be had."""
+    reference = parse_reference(base.model, project.root)
+    revision = str(_hub_info(base, reference).sha)
+    target = project.cache / "tokenizers" / f"{reference.slug}@{revision}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as name, _hub_errors(base, reference):
+        from huggingface_hub import snapshot_download
+
+        token = expand(base.token, "base.token")
+        snapshot_download(reference.name, revision=revision, token=token, local_dir=name, allow_patterns=SMALL)
+        if not target.is_dir():
+            Path(name).rename(target)
+            Path(name).mkdir()  # for its end, which would miss it
+    return target
 
 
 def _in_cache(project: Project, base: Base, reference: Reference) -> BaseModel | None:
