@@ -39,6 +39,7 @@ from registry.project import Project, find_project
 from registry.recipe import Serve
 from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
+from serving.endpoint_routes import EndpointRoutes
 from serving.gateway import Gateway
 from serving.listening import http_server, listen, loop_factory, url_of
 from serving.reconciler import Reconciler, nothing_answers, rank_needed, wanted_models
@@ -77,6 +78,7 @@ class Server:
         [card] = as_set([config.card], settings.cards)
         self.project, self.store, self.settings, self.config = project, store, settings, replace(config, card=card)
         self.board = Board()
+        self.endpoints = EndpointRoutes(settings)
         self.internal_key = settings.internal_key or secrets.token_urlsafe(32)
         self.vllm: VllmProcess | None = None
         self.lock: CardLock | None = None
@@ -122,12 +124,14 @@ class Server:
             await asyncio.gather(answering, return_exceptions=True)
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
+            await self.endpoints.close()
             await self._stop_engine()
 
     async def _rounds(self) -> None:
         """One round after another. Only the first start of the engine may end the server."""
         while True:
             try:
+                self.board.lend(await self.endpoints.look(self.store))
                 await self._round()
             except Trouble as error:
                 if self.vllm is None:
