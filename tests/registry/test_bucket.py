@@ -19,6 +19,7 @@ from registry.errors import BucketError
 from registry.manifest import broken_files, write_manifest
 from registry.settings import Settings
 from tests.conftest import all_at_once
+from tests.fakes.broken_line import line_to
 from tests.weed_server import OTHER, POD, READER, WeedServer
 
 PREPARE = """
@@ -125,6 +126,19 @@ def test_a_condition_that_does_not_hold_changes_nothing(bucket: Bucket) -> None:
     assert found is not None
     assert (found.body, found.etag) == (b"3", second)
     assert bucket.get("nothing") is None
+
+
+def test_a_write_that_broke_off_leaves_what_was_there(bucket: Bucket, s3: WeedServer) -> None:
+    etag = bucket.put("lease", b"whole")
+    with line_to(s3.url) as line:
+        broken = open_bucket(s3.settings(bucket.prefix, s3_endpoint=line.url))
+        line.lose_body()
+        with pytest.raises(BucketError, match="it does not answer"):
+            broken.put("lease", b"never whole", if_match=etag)
+    time.sleep(0.5)
+    found = bucket.get("lease")
+    assert found is not None
+    assert found.body == b"whole"
 
 
 def test_of_processes_that_write_at_once_one_wins(s3: WeedServer, tmp_path: Path) -> None:
