@@ -1,0 +1,210 @@
+"""The plan of a training on one card: does it fit, what limits it, which knob helps, how long, what it costs.
+
+Pure arithmetic: everything comes in as data (`Wish`, `Place`, `Measured`), and a `Verdict` comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from registry.card_profiles import GIB, CardProfile
+from registry.geometry import Geometry
+from registry.plan_calibration import Corrected, Measured, correct
+from registry.plan_knobs import Knob, find_knobs
+from registry.recipe import Train
+from registry.train_memory import Memory, train_memory, training_of
+from registry.train_time import Interval, padded_length, step_time
+
+__all__ = ["Knob", "Measured", "Place", "Verdict", "Wish", "plan_training"]
+
+EFFECTIVE_BATCH = 16
+# Loading and quantizing the base: so many bytes of its 16-bit weights a second, from a disk that is not cold.
+LOADING = Interval(0.3e9, 0.8e9, 2.5e9)
+IMPORTS = Interval(15, 30, 60)
+CHECKPOINT_SECONDS = Interval(0.3, 1.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be trained. `lengths`: (tokens, rows) pairs of the train split, ascending; `model` only for
+    calibration; `evaluations`: how often the eval split is gone through (None: once an epoch)."""
+
+    geometry: Geometry
+    train: Train
+    lengths: tuple[tuple[int, int], ...]
+    model: str = ""
+    stack: str = "trl"
+    other_stacks: tuple[str, ...] = ()
+    eval_rows: int = 48
+    evaluations: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(count for _, count in self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of one epoch, without padding."""
+        return sum(length * count for length, count in self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the trainer would take."""
+        within = [length for length, _ in self.lengths if length <= self.train.max_length]
+        return max(within, default=self.train.max_length)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A card that could do it. `available`: bytes that are free for us, None where only the profile is known."""
+
+    name: str
+    profile: CardProfile
+    available: int | None = None
+    usd_per_hour: float | None = None
+    storage_usd_per_hour: float = 0.0
+    start: Interval = field(default_factory=lambda: Interval(0, 0, 0))
+
+    @property
+    def bytes(self) -> int:
+        return self.profile.usable if self.available is None else self.available
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`fits`: the upper end of the memory's interval is there; `tight`: only the expected peak is.
+
+    `tokens` are those of the rows in all steps, without padding; `usd` is None where nothing is paid.
+    """
+
+    place: str
+    fits: bool
+    tight: bool
+    memory: Memory
+    available: int
+    limit: str
+    knobs: list[Knob]
+    batch: int
+    accumulate: int
+    steps: int
+    tokens: int
+    seconds: Interval
+    usd: Interval | None
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "place": self.place, "fits": self.fits, "tight": self.tight, "memory": self.memory.as_dict(),
+            "available": self.available, "limit": self.limit, "knobs": [each.as_dict() for each in self.knobs],
+            "batch": self.batch, "accumulate": self.accumulate, "steps": self.steps, "tokens": self.tokens,
+            "seconds": self.seconds.as_dict(), "usd": self.usd.as_dict() if self.usd else None, "notes": self.notes,
+        }  # fmt: skip
+
+
+def plan_training(wish: Wish, place: Place, calibrations: Sequence[Measured] = ()) -> Verdict:
+    """The verdict on one place. With `batch: auto` it is of the fastest batch that fits, else of the smallest."""
+    corrected = correct(calibrations, place.profile, wish.model, wish.stack)
+    plans = [_planned(wish, place, corrected, batch, accumulate) for batch, accumulate in arrangements(wish.train)]
+    fitting = [plan for plan in plans if plan.fits] or [plan for plan in plans if plan.tight]
+    best = min(fitting, key=lambda plan: plan.seconds.mid) if fitting else plans[-1]
+    return best if best.fits else replace(best, knobs=_knobs(wish, place, corrected, best))
+
+
+def arrangements(train: Train) -> list[tuple[int, int]]:
+    """Batch and accumulate that make exactly the effective batch that was asked for, the largest batch first."""
+    if train.batch != "auto":
+        return [(train.batch, train.accumulate)]
+    effective = train.effective_batch or EFFECTIVE_BATCH
+    return [(batch, effective // batch) for batch in range(effective, 0, -1) if effective % batch == 0]
+
+
+def steps_of(train: Train, rows: int, batch: int, accumulate: int) -> int:
+    """Updates of the adapter, as transformers counts them: the last, smaller ones of an epoch are steps too."""
+    an_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulate))
+    steps = math.ceil(train.epochs * an_epoch)
+    return min(steps, train.max_steps) if train.max_steps else steps
+
+
+def _planned(wish: Wish, place: Place, corrected: Corrected, batch: int, accumulate: int) -> Verdict:
+    training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
+    memory = corrected.memory(train_memory(wish.geometry, training, place.profile))
+    steps = steps_of(wish.train, wish.rows, batch, accumulate)
+    time, limit = _seconds(wish, place, corrected, batch, accumulate, steps)
+    fits, tight = memory.high <= place.bytes, memory.total <= place.bytes < memory.high
+    epochs = steps * batch * accumulate / wish.rows if wish.rows else 0.0
+    return Verdict(
+        place=place.name,
+        fits=fits,
+        tight=tight,
+        memory=memory,
+        available=place.bytes,
+        limit=f"speed: {limit}" if fits else _shortage(memory, place.bytes),
+        knobs=[],
+        batch=batch,
+        accumulate=accumulate,
+        steps=steps,
+        tokens=round(wish.tokens * min(epochs, wish.train.epochs)),
+        seconds=time,
+        usd=_usd(place, time),
+        notes=_notes(wish, place),
+    )
+
+
+def _seconds(wish: Wish, place: Place, corrected: Corrected, batch: int, accumulate: int, steps: int) -> tuple[Interval, str]:  # fmt: skip
+    training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
+    usual = padded_length([(length, count) for length, count in wish.lengths if length <= wish.longest], batch)
+    step = step_time(wish.geometry, training, place.profile, usual)
+    evaluations = math.ceil(wish.train.epochs) if wish.evaluations is None else wish.evaluations
+    # An evaluation is a forward pass: a third of a step with its recomputation.
+    batches = steps * accumulate + evaluations * math.ceil(wish.eval_rows / batch) / 3
+    busy = corrected.seconds(batches * step.total)
+    checkpoints = CHECKPOINT_SECONDS.times(steps // wish.train.checkpoint_steps + 1)
+    return place.start + _loading(wish) + _smoke(wish, step.total) + busy + checkpoints, step.limit
+
+
+def _loading(wish: Wish) -> Interval:
+    weights = 2 * wish.geometry.parameters
+    return IMPORTS + Interval(weights / LOADING.high, weights / LOADING.mid, weights / LOADING.low)
+
+
+def _smoke(wish: Wish, step: float) -> Interval:
+    """The trial of the longest rows, a checkpoint, a resume and an evaluation before the run itself."""
+    if not wish.train.smoke:
+        return Interval(0, 0, 0)
+    return _loading(wish) + Interval(4 * step, 8 * step, 16 * step)
+
+
+def _usd(place: Place, time: Interval) -> Interval | None:
+    if place.usd_per_hour is None:
+        return None
+    return time.times((place.usd_per_hour + place.storage_usd_per_hour) / 3600)
+
+
+def _shortage(memory: Memory, available: int) -> str:
+    largest = max(memory.parts, key=lambda name: memory.parts[name])
+    needed = f"{memory.total / GIB:.1f} GiB (up to {memory.high / GIB:.1f})"
+    return f"memory: {needed} needed, {available / GIB:.1f} there; {largest} is {memory.parts[largest] / GIB:.1f}"
+
+
+def _knobs(wish: Wish, place: Place, corrected: Corrected, plan: Verdict) -> list[Knob]:
+    def memory(train: Train, stack: str, batch: int, longest: int) -> Memory:
+        training = training_of(train, batch=batch, longest=longest, stack=stack)
+        return corrected.memory(train_memory(wish.geometry, training, place.profile))
+
+    return find_knobs(wish.train, wish.lengths, (plan.batch, plan.accumulate), place.bytes, memory,
+                      stack=wish.stack, others=wish.other_stacks)  # fmt: skip
+
+
+def _notes(wish: Wish, place: Place) -> list[str]:
+    notes = []
+    longer = sum(count for length, count in wish.lengths if length > wish.train.max_length)
+    if longer:
+        notes.append(f"{longer} rows are longer than max_length {wish.train.max_length}: the trainer refuses them")
+    if not place.profile.bf16:
+        notes.append(f"{place.profile.name} has no bf16: it is emulated, and slow")
+    if wish.longest > wish.geometry.max_positions:
+        notes.append(f"rows of {wish.longest} tokens, and the model was made for {wish.geometry.max_positions}")
+    return notes
