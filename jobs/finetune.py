@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
 
@@ -21,20 +21,20 @@ from jobs.evaluation.ask_on_engine import ask_on_engine
 from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
 from jobs.outages import through_outage
-from jobs.runtime import card_queue
+from jobs.runtime import CLOUD, card_queue
 from jobs.served import take_back, what_server_said
-from jobs.steps import BENCH, Bench, State, at_work, step
+from jobs.steps import BENCH, Bench, State, step
 from jobs.targets.local_card import LocalCard
-from jobs.tell_mlflow import keep_telling, patiently, tell_of_version
-from jobs.watch_job import JobWatch
+from jobs.tell_mlflow import patiently, tell_of_version
+from jobs.train_job import train_job
 from registry import adapters, runs
 from registry.admission import admit
 from registry.base_models import BaseModel, refuse_use
-from registry.cards import marker, pick_card
+from registry.cards import pick_card
 from registry.dataset_versions import Pinned, materialise, pin
 from registry.errors import Conflict, EngineError, FtError, Trouble
 from registry.gates import judge as judge_scores
-from registry.hosts import HostCard, all_cards, choose_card, host_id, hosts, pauses
+from registry.hosts import HostCard, all_cards, choose_card, hosts, pauses
 from registry.job_folder import JobFolder
 from registry.mlflow_mirror import mirror
 from registry.mlflow_store import Tracked, git_commit, tracker_for
@@ -58,7 +58,7 @@ async def finetune(run_id: str) -> State:
     try:
         await take_turn(run_id)
         plan = await make_plan(run_id, await pin_data(run_id))
-        trained = await _on_card(plan, train_on_card, run_id)
+        trained = await _child(_training_queue(plan), train_on_card, run_id, plan)
         version = await register(run_id, plan, trained)
         verdict, moved = await _judge_and_promote(run_id, plan, version)
         if moved:
@@ -87,7 +87,7 @@ async def _judge_and_promote(run_id: str, plan: State, version: State) -> tuple[
     What passed against a champion that was replaced meanwhile is judged again, and asked for again.
     """
     while True:
-        scores = await _on_card(plan, evaluate_on_card, run_id, version)
+        scores = await _child(_queue(plan), evaluate_on_card, run_id, plan, version)
         verdict = await judge(run_id, version, scores)
         if verdict["outcome"] == "pass" and plan["promote"] == "approve":
             verdict = await wait_for_approval(run_id, verdict)
@@ -142,21 +142,8 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
 
 @step("train")
 async def train(bench: Bench, run_id: str, plan: State) -> State:
-    """Have a trainer do the job on the card; started again if it is lost, from its last checkpoint."""
-    await _base_here(bench, bench.recipe(run_id))
-    card = pick_card(plan["card"])
-    target = LocalCard(bench.project, card, bench.settings.trainer_python)
-    watch = JobWatch(bench, run_id, bench.recipe(run_id), target, card.name)
-    tracking = asyncio.create_task(keep_telling(bench, run_id, plan))
-    with marker(bench.project, card, "train"):
-        try:
-            result = await watch.until_done()
-        except asyncio.CancelledError:
-            # The card is given back only when the trainer is really gone.
-            await asyncio.shield(watch.stop(_why_stopped(bench.store, run_id)))
-            raise
-        finally:
-            tracking.cancel()
+    """Have a trainer do the job on the card or pod; started again if it is lost, from its last checkpoint."""
+    result = await train_job(bench, run_id, plan)
     runs.note_result(bench.store, run_id, training=result)
     return result
 
@@ -295,25 +282,6 @@ def begin(run_id: str) -> None:
         DBOS.start_workflow(finetune, run_id)
 
 
-def let_go(run_id: str, others: Container[str] = ()) -> bool:
-    """Stop what still works for a cancelled or paused run, without waiting; True when nothing does.
-
-    `others` are the other hosts that live: what works there, they let go of.
-    """
-    bench = BENCH.get()
-    folder, planned = bench.project.job_folder(run_id), bench.run(run_id).result
-    if planned.get("host", host_id()) in others:
-        return False
-    if (folder / "spec.json").exists() and planned.get("host", host_id()) == host_id() and "card" in planned:
-        job = JobFolder(folder)
-        target = LocalCard(bench.project, pick_card(planned["card"]))
-        if target.poll(folder).state == "running":
-            job.ask_to_stop(_why_stopped(BENCH.get().store, run_id))
-            return False
-        job.withdraw_stop()
-    return run_id not in at_work()
-
-
 def _choose_card(bench: Bench, run_id: str, wanted: str) -> HostCard:
     """The card for a run; how many other runs want each is read off their rows."""
     on = [run.result for run in runs.listed(bench.store, active=True, limit=1000) if run.id != run_id]
@@ -326,13 +294,18 @@ async def _base_here(bench: Bench, recipe: Finetune) -> None:
     await bench.outside("set-up", asyncio.to_thread(fetch_base, bench.project, recipe.base))
 
 
-async def _on_card(
-    plan: State, workflow: Callable[..., Coroutine[Any, Any, State]], run_id: str, *rest: State
-) -> State:
-    """Run a child on the card's queue, where one works at a time. What it said went wrong is in the run's row."""
-    queue = card_queue(plan["card"], plan.get("host", ""))
-    handle: Any = await DBOS.enqueue_workflow_async(queue, workflow, run_id, plan, *rest)
+async def _child(queue: str, workflow: Callable[..., Coroutine[Any, Any, State]], run_id: str, *rest: State) -> State:
+    """Run a child on a queue; on a card's, one works at a time. What it said went wrong is in the run's row."""
+    handle: Any = await DBOS.enqueue_workflow_async(queue, workflow, run_id, *rest)
     return dict(await handle.get_result(polling_interval_sec=WATCH_SECONDS))
+
+
+def _queue(plan: State) -> str:
+    return card_queue(plan["card"], plan.get("host", ""))
+
+
+def _training_queue(plan: State) -> str:
+    return CLOUD if plan.get("rent") else _queue(plan)
 
 
 def _of_each(scores: State, field: str) -> State:
@@ -345,10 +318,6 @@ def _note_failure(run_id: str, error: Exception) -> None:
     if runs.get(store, run_id).wish not in (*runs.STOPS, "replan"):  # the end of a cancelled child is no failure
         # A child's error reaches the parent as text only; what the step itself wrote down is kept.
         runs.finish(store, run_id, "failed", known)
-
-
-def _why_stopped(store: Store, run_id: str) -> str:
-    return f"the run was {'paused' if runs.get(store, run_id).wish == 'pause' else 'cancelled'}"
 
 
 def bind(project: Project, store: Store, settings: Settings) -> None:

@@ -51,6 +51,7 @@ class Post:
         """Paused cards of this host take no work; all are looked after more often while runs are on."""
         paused = {each for each in pauses(self.store) if each.startswith(f"{self.name}/")}
         if (wanted := (busy, paused)) != self._minded:
+            runtime.mind_cloud(busy=busy)
             for card in self.cards:
                 runtime.mind_card(card, busy=busy, is_open=f"{self.name}/{card.name}" not in paused)
             self._minded = wanted
@@ -70,11 +71,12 @@ class Post:
                                      key=f"{lost.id}/{lost.started}/{lost.beat}"))  # fmt: skip
 
     def _take_from(self, run: runs.Run, lost: str) -> bool:
-        """A run that was planned for a card of the lost host is planned again, others only change their parent."""
+        """A run whose card or rented pod that host looked after is planned again, others only change their parent."""
         workflow = DBOS.get_workflow_status(run.id)
         if run.wish or workflow is None or workflow.status in runtime.TERMINAL:
             return False
-        if run.result.get("host") == lost and "/" not in str(run.body.get("card", "")):
+        minded = "rented_by" if run.result.get("rent") else "host"
+        if run.result.get(minded) == lost and "/" not in str(run.body.get("card", "")):
             runs.set_wish(self.store, run.id, "replan")
             return True
         if workflow.executor_id == lost:

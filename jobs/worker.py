@@ -13,11 +13,12 @@ from pathlib import Path
 from jobs import runtime
 from jobs.deliver import Deliverer
 from jobs.dispatch import Dispatcher, has_news
-from jobs.finetune import begin, bind, let_go
+from jobs.finetune import begin, bind
 from jobs.hosts import Post
 from jobs.mlflow_aliases import AliasWatch
 from jobs.prune import prune_daily
 from jobs.tell_mlflow import tell_the_rest
+from jobs.train_job import let_go
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
 from registry.errors import FtError, StoreError

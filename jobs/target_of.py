@@ -1,0 +1,57 @@
+"""Which target does a run's job, as its plan says: a card of this host, or a rented pod."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jobs.rent import Offer
+from jobs.targets.local_card import LocalCard
+from jobs.targets.runpod_pod import Rent, RunPodPod
+from jobs.targets.target import Target
+from registry.base_models import parse_reference
+from registry.bucket import Bucket, open_bucket
+from registry.cards import pick_card
+from registry.errors import RecipeError
+from registry.project import Project
+from registry.recipe import Finetune, expand
+from registry.runpod_api import RunPod, open_runpod
+from registry.settings import Settings
+from registry.store import Store
+
+RUNPOD = "runpod"
+
+
+def target_of(project: Project, store: Store, settings: Settings, recipe: Finetune, plan: dict[str, Any]) -> Target:
+    """`plan` is what the step "plan" has written down (`rent`, `card`, `base`)."""
+    if plan.get("rent"):
+        return RunPodPod(store, settings, _runpod(settings), _bucket(settings), _rent(project, recipe, plan))
+    return LocalCard(project, pick_card(plan["card"]), settings.trainer_python)
+
+
+def _rent(project: Project, recipe: Finetune, plan: dict[str, Any]) -> Rent:
+    if recipe.cloud is None:
+        raise RecipeError("a pod was planned, and the recipe has no `cloud`", place=recipe.name)
+    return Rent(
+        recipe=recipe.name, model=recipe.model, terms=recipe.cloud,
+        offers=tuple(Offer(**each) for each in plan["rent"]["offers"]),
+        reserve_usd=plan["rent"]["reserve_usd"], max_usd=recipe.budget.max_usd,
+        base=_to_be_sent(project, recipe, plan["base"]), token=expand(recipe.base.token, "base.token") or "",
+    )  # fmt: skip
+
+
+def _to_be_sent(project: Project, recipe: Finetune, base: dict[str, Any]) -> Path | None:
+    """A base model that lies in a folder here can be fetched from nowhere else."""
+    local = parse_reference(recipe.base.model, project.root).kind == "local"
+    return project.models / base["folder"] if local else None
+
+
+@lru_cache(maxsize=1)
+def _runpod(settings: Settings) -> RunPod:
+    return open_runpod(settings)
+
+
+@lru_cache(maxsize=1)
+def _bucket(settings: Settings) -> Bucket:
+    return open_bucket(settings)

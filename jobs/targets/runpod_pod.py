@@ -1,0 +1,216 @@
+"""Target: a rented RunPod pod. The job's folder lies in the bucket; the one here mirrors it for all who read it.
+
+What is rented stands in the ledger before RunPod is asked (`jobs/rent.py`), and the pod goes on only until the permit
+in its job folder ends, which is what was reserved for it. Whatever dies here, the pod ends by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.pod_env import pod_env
+from jobs.rent import Cloud, Offer, Wish, end_rental, rent
+from jobs.targets.target import Poll
+from registry.bucket import Bucket
+from registry.cloud_terms import CloudTerms
+from registry.errors import BucketError, CloudError
+from registry.job_bucket import JobBucket, LeaseWatch, Permit, attempt_of
+from registry.job_folder import JobFolder
+from registry.rentals import Rental, current, rentals
+from registry.runpod_shapes import Pod, PodOrder
+from registry.settings import Settings
+from registry.spending import permit_until
+from registry.store import Store
+
+PULL_SECONDS = 2.0
+PODS_SECONDS = 10.0  # RunPod allows 60 calls a minute, to all jobs together
+PERMIT_SECONDS = 30.0
+STOP_SECONDS = 120.0
+ENDED = ("EXITED", "ERROR", "TERMINATED")
+COMMAND = "python -m jobs.pod"
+
+
+@dataclass(frozen=True)
+class Rent:
+    """What a run may rent. US dollars: `reserve_usd` for one pod (None: all that is left), `max_usd` for the run.
+
+    `base` is the base model's folder where a pod could not fetch it; `token` is for a gated one.
+    """
+
+    recipe: str
+    model: str
+    terms: CloudTerms
+    offers: tuple[Offer, ...]
+    reserve_usd: float | None = None
+    max_usd: float | None = None
+    base: Path | None = None
+    token: str = ""
+
+
+class RunPodPod:
+    """One job's pod, and after its loss the next one. `command` is what the pod starts."""
+
+    def __init__(
+        self, store: Store, settings: Settings, cloud: Cloud, bucket: Bucket, rent_: Rent, command: str = COMMAND
+    ) -> None:
+        self.store, self.settings, self.cloud, self.bucket = store, settings, cloud, bucket
+        self.rent, self.command = rent_, command
+        self._pulled = self._asked = self._permitted = float("-inf")
+        self._seen: Pod | None = None
+        self._silence = LeaseWatch()
+        self._note = ""
+
+    def launch(self, folder: Path) -> bool:
+        job = JobFolder(folder)
+        remote = self._remote(job)
+        remote.pull(job)
+        if _is_done(job) or self._live(job):
+            return False
+        self.bucket.check()
+        remote.push(job, self.rent.base)
+        rent(self.store, self.cloud, self._wish(job), self._order(job), settle_seconds=self.settings.settle_seconds)
+        self._silence, self._seen, self._permitted = LeaseWatch(), None, float("-inf")
+        return True
+
+    def poll(self, folder: Path) -> Poll:
+        job = JobFolder(folder)
+        self._pull(job)
+        rental = current(self.store, job.name)
+        if (result := job.result()) and not self._works_on(job, rental):
+            if rental:
+                end_rental(self.store, self.cloud, rental.name, f"the job is {result['status']}")
+            return Poll("done", result)
+        if rental is None or rental.state != "live":
+            note = "a pod is being rented" if rental else "the pod is gone and has left no result"
+            return Poll("lost" if job.lease() and not rental else "waiting", note=note)
+        if why := self._why_lost(job, rental):
+            end_rental(self.store, self.cloud, rental.name, why)
+            return Poll("lost", note=why)
+        self._permit(job, rental)
+        return Poll("running", note=self._note)
+
+    def waits_for(self, folder: Path) -> str:
+        rental = current(self.store, JobFolder(folder).name)
+        if rental is None:
+            return "no pod yet"
+        state = self._seen.status.lower() if self._seen else "rented" if rental.pod else "being rented"
+        return f"a {rental.gpu} at ${rental.usd_per_hour:.2f} an hour is {state}"
+
+    def fetch(self, folder: Path, target: Path) -> None:
+        self._remote(JobFolder(folder)).fetch_adapter(target)
+
+    def cancel(self, folder: Path, reason: str) -> None:
+        """Checkpoint, then stop; a pod that does not come to its end in two minutes is ended without."""
+        job = JobFolder(folder)
+        with suppress(BucketError):  # away: the pod is ended without a checkpoint
+            self._remote(job).ask_to_stop(reason)
+            self._wait_for_end(job)
+        for rental in rentals(self.store, open_=True, job=job.name):
+            end_rental(self.store, self.cloud, rental.name, reason)
+        with suppress(BucketError):
+            self._pulled = float("-inf")
+            self._pull(job)
+            self._remote(job).withdraw_stop()
+        job.withdraw_stop()
+
+    def _wait_for_end(self, job: JobFolder) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and self.poll(job.path).state == "running":
+            time.sleep(PULL_SECONDS / 4)
+
+    def _wish(self, job: JobFolder) -> Wish:
+        return Wish(
+            job=job.name, recipe=self.rent.recipe, model=self.rent.model, offers=self.rent.offers,
+            budgets=self.settings.budgets, max_usd_per_hour=self.rent.terms.max_usd_per_hour,
+            max_usd=self.rent.max_usd, reserve_usd=self.rent.reserve_usd,
+        )  # fmt: skip
+
+    def _order(self, job: JobFolder) -> _OrderOf:
+        return _OrderOf(self, job)
+
+    def _pull(self, job: JobFolder) -> None:
+        """Bring the mirror up to date, now and then. A bucket that is away is no reason to lose the pod."""
+        if time.monotonic() - self._pulled < PULL_SECONDS:
+            return
+        self._pulled = time.monotonic()
+        try:
+            self._remote(job).pull(job)
+            self._note = ""
+        except BucketError as error:
+            self._note = error.what
+
+    def _works_on(self, job: JobFolder, rental: Rental | None) -> bool:
+        """A pod of a later attempt than the one whose result is there: it has not claimed the job yet."""
+        held = job.lease()
+        return bool(rental and held and rental.attempt > attempt_of(held.lease) and not _is_done(job))
+
+    def _live(self, job: JobFolder) -> bool:
+        rental = current(self.store, job.name)
+        return rental is not None and rental.state == "live"
+
+    def _why_lost(self, job: JobFolder, rental: Rental) -> str:
+        """Why the pod will leave no result; '' while it may."""
+        held = job.lease()
+        claimed = bool(held and attempt_of(held.lease) == rental.attempt)
+        if not claimed and time.time() - (rental.created or rental.intended) > self.settings.pod_start_seconds:
+            return f"its trainer was not heard for {self.settings.pod_start_seconds:.0f} s after its start"
+        if claimed and not self._note and self._silence.is_expired(held):
+            return "its trainer is not heard any more"
+        if time.monotonic() - self._asked < PODS_SECONDS:
+            return ""
+        self._asked = time.monotonic()
+        return self._why_gone(rental)
+
+    def _why_gone(self, rental: Rental) -> str:
+        assert rental.pod is not None
+        try:
+            self._seen = self.cloud.pod(rental.pod)
+        except CloudError as error:  # a pod may be well while RunPod's API is not
+            print(f"pod {rental.pod} cannot be looked at: {error}", file=sys.stderr, flush=True)
+            return ""
+        if self._seen is None:
+            return "the pod is gone"
+        return f"the pod is {self._seen.status.lower()}" if self._seen.status in ENDED else ""
+
+    def _permit(self, job: JobFolder, rental: Rental) -> None:
+        """Write how long what was reserved pays for, as it is known now: prices and budgets change."""
+        if time.monotonic() - self._permitted < PERMIT_SECONDS:
+            return
+        with suppress(BucketError):  # then the pod goes by the permit that it has
+            _write_permit(self.store, self._remote(job), rental)
+            self._permitted = time.monotonic()
+
+    def _remote(self, job: JobFolder) -> JobBucket:
+        return JobBucket(self.bucket, job.name)
+
+
+class _OrderOf:
+    """The order for a rental. Its permit is written first: a pod that finds none ends itself."""
+
+    def __init__(self, target: RunPodPod, job: JobFolder) -> None:
+        self.target, self.job = target, job
+
+    def __call__(self, rental: Rental) -> PodOrder:
+        settings, terms = self.target.settings, self.target.rent.terms
+        _write_permit(self.target.store, JobBucket(self.target.bucket, self.job.name), rental)
+        token = {"HF_TOKEN": self.target.rent.token} if self.target.rent.token else {}
+        return PodOrder(
+            name=rental.name, image=terms.image or settings.runpod_image, gpu=rental.gpu, cloud=rental.cloud,
+            env={**pod_env(settings, self.job.name, rental.attempt), **token}, args=self.target.command,
+            disk_gb=terms.disk_gb, data_centers=tuple(terms.data_centers), network_volume=terms.network_volume,
+        )  # fmt: skip
+
+
+def _write_permit(store: Store, remote: JobBucket, rental: Rental) -> None:
+    now = remote.bucket.now()
+    until = permit_until(store, rental, now)
+    remote.write_permit(Permit(rental.attempt, until, until))
+
+
+def _is_done(job: JobFolder) -> bool:
+    result = job.result()
+    return bool(result and result["status"] == "ok")

@@ -1,0 +1,97 @@
+"""The training of one run, where its plan says: watched to its end, and let go of when a person stops the run."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Container
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from jobs.fetch_base import fetch_base
+from jobs.steps import BENCH, Bench, State, at_work
+from jobs.target_of import RUNPOD, target_of
+from jobs.targets.local_card import LocalCard
+from jobs.tell_mlflow import keep_telling
+from jobs.watch_job import JobWatch
+from registry import runs
+from registry.cards import marker, pick_card
+from registry.hosts import host_id
+from registry.job_folder import JobFolder
+from registry.rentals import current
+from registry.store import Store
+
+# Of runs that were cancelled or paused while no step of theirs was at work here: who ends their pods.
+_ending: dict[str, threading.Thread] = {}
+
+
+async def train_job(bench: Bench, run_id: str, plan: State) -> State:
+    """The accepted result; its adapter lies in the job's folder then."""
+    recipe, rented = bench.recipe(run_id), bool(plan.get("rent"))
+    if rented:
+        runs.note_result(bench.store, run_id, rented_by=host_id())
+    else:
+        await bench.outside("set-up", asyncio.to_thread(fetch_base, bench.project, recipe.base))
+    target = target_of(bench.project, bench.store, bench.settings, recipe, plan)
+    watch = JobWatch(bench, run_id, recipe, target, RUNPOD if rented else plan["card"])
+    tracking = asyncio.create_task(keep_telling(bench, run_id, plan))
+    with nullcontext() if rented else _card_wanted(bench, plan):
+        try:
+            result = await watch.until_done()
+        except asyncio.CancelledError:
+            # The card is given back only when the trainer is really gone.
+            await asyncio.shield(watch.stop(why_stopped(bench.store, run_id)))
+            raise
+        finally:
+            tracking.cancel()
+    if rented:
+        await asyncio.to_thread(target.fetch, watch.folder, watch.job.adapter)
+    return result
+
+
+def let_go(run_id: str, others: Container[str] = ()) -> bool:
+    """Stop what still works for a cancelled or paused run, without waiting; True when nothing does.
+
+    `others` are the other hosts that live: what works there, they let go of.
+    """
+    bench = BENCH.get()
+    planned = bench.run(run_id).result
+    if planned.get("rented_by" if "rent" in planned else "host", host_id()) in others:
+        return False
+    gone = _pod_is_gone if planned.get("rent") else _card_is_free
+    return gone(bench, run_id, planned) and run_id not in at_work()
+
+
+def why_stopped(store: Store, run_id: str) -> str:
+    return f"the run was {'paused' if runs.get(store, run_id).wish == 'pause' else 'cancelled'}"
+
+
+def _card_is_free(bench: Bench, run_id: str, planned: dict[str, Any]) -> bool:
+    folder = bench.project.job_folder(run_id)
+    if not (folder / "spec.json").exists() or planned.get("host", host_id()) != host_id() or "card" not in planned:
+        return True
+    job = JobFolder(folder)
+    if LocalCard(bench.project, pick_card(planned["card"])).poll(folder).state == "running":
+        job.ask_to_stop(why_stopped(bench.store, run_id))
+        return False
+    job.withdraw_stop()
+    return True
+
+
+def _pod_is_gone(bench: Bench, run_id: str, planned: dict[str, Any]) -> bool:
+    """The pod is stopped in a thread: that may take two minutes, and the worker has other runs to look after."""
+    ending = _ending.get(run_id)
+    if run_id in at_work() or (ending and ending.is_alive()):
+        return False
+    if current(bench.store, run_id) is None:
+        _ending.pop(run_id, None)
+        return True
+    target = target_of(bench.project, bench.store, bench.settings, bench.recipe(run_id), planned)
+    arguments = (bench.project.job_folder(run_id), why_stopped(bench.store, run_id))
+    _ending[run_id] = threading.Thread(target=target.cancel, args=arguments, name=f"end {run_id}", daemon=True)
+    _ending[run_id].start()
+    return False
+
+
+def _card_wanted(bench: Bench, plan: State) -> AbstractContextManager[None]:
+    return marker(bench.project, pick_card(plan["card"]), "train")
