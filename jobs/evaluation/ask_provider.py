@@ -63,14 +63,15 @@ async def score_reference(
     Raises RecipeError for an address, a key or a model that is wrong, EngineError if too many rows got no answer.
     """
     rows, task = picked_rows(request), request.task
-    async with Provider(store, reference, terms or Terms()) as provider:
+    at_once = min(task.concurrency, AT_ONCE)
+    async with Provider(store, reference, terms or Terms(), at_once) as provider:
         try:
             answers = await ask_rows(
                 provider,
                 reference.model,
                 [spell_out(row.prompt, task, request.labels) for row in rows],
                 max_tokens=task.max_new_tokens,
-                concurrency=min(task.concurrency, AT_ONCE),
+                concurrency=at_once,
                 patience=Patience(seconds=ANSWER_SECONDS, attempts=1),
                 progress=progress,
             )
@@ -84,14 +85,14 @@ async def score_reference(
 class Provider:
     """The part of an engine that asking needs, at a provider's. Made inside a running event loop."""
 
-    def __init__(self, store: Store, reference: ReferenceModel, terms: Terms) -> None:
+    def __init__(self, store: Store, reference: ReferenceModel, terms: Terms, at_once: int) -> None:
         self.url = f"{_expanded(reference.url, 'escalate.reference.url').rstrip('/')}/chat/completions"
         self._store, self._reference, self._terms = store, reference, terms
         self._key = ""
         self._refused: set[str] = set()
         self._not_before = 0.0
-        self._at_once = AT_ONCE
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._at_once = at_once
+        self._slots = asyncio.Semaphore(at_once)
 
     async def __aenter__(self) -> Provider:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._terms.seconds))
