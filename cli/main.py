@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "promote": ("cli.promote", "promote", "Make a version the champion"),
     "rollback": ("cli.rollback", "rollback", "Make the previous champion answer again"),
     "serve": ("cli.serve", "app", "Start and stop the gateway and its vLLM"),
+    "endpoints": ("cli.endpoints", "app", "Serve a model on RunPod's serverless cards, paid by the second"),
     "ask": ("cli.ask", "ask", "Ask a served model"),
     "events": ("cli.events", "app", "What happened, what followed from it, and why"),
     "prune": ("cli.prune", "prune", "Delete what has had its time: runs, checkpoints, job folders, events"),
