@@ -61,6 +61,7 @@ class Endpoint:
     always: list[Span] = field(default_factory=list)
     warm_until: float = 0.0
     busy: int = 0
+    stale_until: float = 0.0
     warming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def usd(self, now: float) -> float:
@@ -97,7 +98,10 @@ class Serverless:
         if "cpu" in given or ("gpu" in given and endpoint.spec["gpu"] is None):
             raise Problem(400, "the compute family of an endpoint cannot be changed")
         given["workers"] = endpoint.spec["workers"] | given.get("workers", {})
-        endpoint.version += bool({"image", "args", "env", "disk", "ports"} & set(given))
+        if {"image", "args", "env", "disk", "ports"} & set(given):
+            endpoint.version += 1
+            # Its workers are replaced one by one, as fast as they start.
+            endpoint.stale_until = time.time() + self.cold_start if _has_worker(endpoint) else 0.0
         endpoint.spec |= given
         self._keep_minimum(endpoint)
 
@@ -267,6 +271,15 @@ def stream_json(job: Job) -> dict[str, Any]:
     return {"status": job.status, "stream": [{"output": each, "metrics": {}} for each in pieces]}
 
 
+def workers_json(endpoint: Endpoint) -> dict[str, Any]:
+    stale = time.time() < endpoint.stale_until
+    version = endpoint.version - stale
+    worker = {"id": f"{endpoint.id}-w", "status": "RUNNING" if endpoint.busy else "IDLE", "isStale": stale,
+              "version": version, "gpuCount": 1}  # fmt: skip
+    workers = [worker] if _has_worker(endpoint) else []
+    return {"workers": workers, "endpointVersion": endpoint.version, "summary": {"total": len(workers)}}
+
+
 def health_json(endpoint: Endpoint) -> dict[str, Any]:
     count = dict.fromkeys(("COMPLETED", "FAILED", "IN_PROGRESS", "IN_QUEUE"), 0)
     for job in endpoint.jobs.values():
@@ -276,6 +289,10 @@ def health_json(endpoint: Endpoint) -> dict[str, Any]:
     jobs = {"completed": count["COMPLETED"], "failed": count["FAILED"], "inProgress": count["IN_PROGRESS"],
             "inQueue": count["IN_QUEUE"], "retried": 0}  # fmt: skip
     return {"jobs": jobs, "workers": {"idle": max(0, warm - running), "running": running}}
+
+
+def _has_worker(endpoint: Endpoint) -> bool:
+    return bool(endpoint.busy or endpoint.spec["workers"]["min"] or time.time() < endpoint.warm_until)
 
 
 async def _passed(request: web.Request, url: str) -> web.StreamResponse:

@@ -9,7 +9,15 @@ from aiohttp import web
 
 from tests.fakes.runpod.contract import CreateEndpoint, Problem, UpdateEndpoint, checked
 from tests.fakes.runpod.pod_routes import read_json
-from tests.fakes.runpod.serverless import Endpoint, Serverless, endpoint_json, health_json, job_json, stream_json
+from tests.fakes.runpod.serverless import (
+    Endpoint,
+    Serverless,
+    endpoint_json,
+    health_json,
+    job_json,
+    stream_json,
+    workers_json,
+)
 from tests.fakes.runpod.state import STATE
 
 routes = web.RouteTableDef()
@@ -43,6 +51,11 @@ async def update_endpoint(request: web.Request) -> web.Response:
 async def delete_endpoint(request: web.Request) -> web.Response:
     _serverless(request).delete(_endpoint(request))
     return web.Response(status=204)
+
+
+@routes.get("/v2/serverless/{id}/workers")
+async def list_workers(request: web.Request) -> web.Response:
+    return web.json_response(workers_json(_endpoint(request)))
 
 
 @routes.post("/v2/{id}/run")
