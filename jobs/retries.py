@@ -43,7 +43,7 @@ def smaller_batch(batch: int, accumulate: int) -> dict[str, int] | None:
 def advice(kind: str, train: dict[str, Any]) -> str:
     """The next step for a person, where a job failed for good."""
     if kind == "out_of_memory" and train["batch"] == 1:
-        return "train.batch is 1 already: lower train.max_length, quantize to nf4, or take a smaller base"
+        return f"train.batch is 1 already: {', '.join(_less_memory(train))}, or take a smaller base or a larger card"
     return {
         "bad_data": "change the dataset or the recipe, then `ft run` again",
         "bad_input": "change the dataset or the recipe, then `ft run` again",
@@ -51,3 +51,15 @@ def advice(kind: str, train: dict[str, Any]) -> str:
         "out_of_memory": "lower train.batch (and raise train.accumulate by as much)",
         "diverged": "lower train.learning_rate",
     }.get(kind, "read the log with `ft logs`, then `ft resume`")
+
+
+def _less_memory(train: dict[str, Any]) -> list[str]:
+    """What of the recipe takes memory that it need not take, the largest part first."""
+    knobs = {
+        "set train.quantize to nf4": train.get("quantize") == "none",
+        "set train.checkpointing to true": train.get("checkpointing") is False,
+        "shorten the longest rows and lower train.max_length": True,
+        "on a GPU set train.optimizer to paged_adamw_8bit": train.get("optimizer", "adamw") == "adamw",
+        "lower train.lora.rank": True,
+    }
+    return [knob for knob, helps in knobs.items() if helps]

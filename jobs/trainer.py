@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from jobs.trainers.task import Backend, BadData, Task, Trained
 from registry.base_models import BaseModel, base_path
-from registry.errors import FtError
+from registry.errors import FtError, RecipeError
 from registry.job_folder import Held, JobFolder, LeaseLost
 from registry.manifest import write_manifest
 from registry.project import Project, cache_folder
@@ -71,15 +71,20 @@ def _attempt(job: JobFolder, claim: Claim, backend_of: Callable[[str], Backend])
         claim.flush()
         if trained.stopped is None:
             _finish_adapter(task, backend)
-        return _result(trained, time.monotonic() - started)
+        return _result(trained, int(task.recipe.train.batch), time.monotonic() - started)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         claim.flush()
-        return {"status": "failed", **_explain(error, job), "seconds": round(time.monotonic() - started, 2)}
+        return _failure(claim.at, _explain(error, job), time.monotonic() - started)
 
 
 def _task(job: JobFolder, claim: Claim) -> Task:
-    spec = job.spec()
+    spec, recipe = job.spec(), Finetune.model_validate(job.recipe())
+    if recipe.train.batch == "auto":
+        raise RecipeError(
+            "train.batch is still `auto`: the plan puts a number in its place before a job is written",
+            place=str(job.path), fix="`ft run` the recipe again, or write a number for train.batch",
+        )  # fmt: skip
     base = BaseModel(**spec["base"])
     # A trainer has no project: of its paths only the cache matters here.
     project = Project(root=job.path, home=job.path, cache=cache_folder())
@@ -87,7 +92,7 @@ def _task(job: JobFolder, claim: Claim) -> Task:
     job.work.mkdir()
     return Task(
         job=job,
-        recipe=Finetune.model_validate(job.recipe()),
+        recipe=recipe,
         base=base_path(project, base),
         base_digest=base.digest,
         epoch=claim.epoch,
@@ -107,7 +112,7 @@ def _finish_adapter(task: Task, backend: Backend) -> None:
     write_manifest(made, base=task.base_digest, recipe=task.recipe.name)
 
 
-def _result(trained: Trained, seconds: float) -> dict[str, Any]:
+def _result(trained: Trained, batch: int, seconds: float) -> dict[str, Any]:
     return {
         "status": "stopped" if trained.stopped else "ok",
         "message": trained.stopped or "",
@@ -117,7 +122,22 @@ def _result(trained: Trained, seconds: float) -> dict[str, Any]:
         "eval_loss": trained.eval_loss,
         "peak_memory": trained.peak_memory,
         "seconds": round(seconds, 2),
+        "train_seconds": round(trained.seconds, 2),
+        "tokens_per_second": round(trained.tokens / trained.seconds, 1) if trained.seconds else None,
+        "batch": batch,
+        "longest": trained.longest,
+        "card": trained.card,
+        "smoke_seconds": trained.smoke.seconds if trained.smoke else None,
+        "smoke_memory": trained.smoke.peak_memory if trained.smoke else None,
     }
+
+
+def _failure(at: dict[str, Any], why: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """`at` is the last stage's progress line: of a smoke it has the rows and tokens that were tried."""
+    tried = ""
+    if at["stage"] == "smoke":
+        tried = f"in the smoke, with {at.get('rows')} rows of up to {at.get('longest')} tokens: "
+    return {"status": "failed", **at, **why, "message": tried + why["message"], "seconds": round(seconds, 2)}
 
 
 def _explain(error: BaseException, job: JobFolder) -> dict[str, Any]:
@@ -171,6 +191,7 @@ class Claim:
         self.held: Held = job.claim(f"{socket.gethostname()}/{os.getpid()}", job.lease())
         self.epoch = self.held.lease.epoch
         self.lines: list[dict[str, Any]] = []
+        self.at: dict[str, Any] = {"stage": "load"}
         self.files = 0
         self.written = time.monotonic()
         self.stopping: str | None = None
@@ -189,6 +210,10 @@ class Claim:
 
     def report(self, line: dict[str, Any]) -> None:
         """Add a progress line; shipped in batches of a second, and a new stage at once: it may last minutes."""
+        if "stage" in line:
+            self.at = line
+        elif "step" in line:
+            self.at = {"stage": "train"}
         with self.lock:
             self.lines.append({"time": time.time(), "epoch": self.epoch, **line})
         if "stage" in line or time.monotonic() - self.written > PROGRESS_SECONDS:

@@ -25,8 +25,22 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Smoked:
+    """What the smoke took: `seconds`, bytes of memory at most, and its batch, `rows` padded to `longest` tokens."""
+
+    seconds: float
+    peak_memory: int
+    rows: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class Trained:
-    """How far it came: the adapter lies in `job.work/adapter` when `stopped` is None."""
+    """How far it came: the adapter lies in `job.work/adapter` when `stopped` is None.
+
+    `tokens` (without padding) and `seconds` are of this attempt's training alone, without loading and evaluating;
+    `longest` is the tokens of the longest row, `card` the device's own name, `smoke` None where there was none.
+    """
 
     steps: int
     tokens: int
@@ -34,6 +48,10 @@ class Trained:
     eval_loss: float | None
     peak_memory: int
     stopped: str | None = None
+    seconds: float = 0.0
+    longest: int = 0
+    card: str = ""
+    smoke: Smoked | None = None
 
 
 class BadData(Exception):
@@ -44,7 +62,10 @@ class Backend(Protocol):
     """A module of this package with these two verbs."""
 
     def train(self, task: Task) -> Trained:
-        """Train, from the last complete checkpoint on if there is one."""
+        """Train, from the last complete checkpoint on if there is one; without one the smoke comes first.
+
+        Reports `{"stage": "smoke", ...}` when the smoke begins, and no `step` before it is over.
+        """
         ...
 
     def fingerprint(self, task: Task) -> dict[str, Any]:

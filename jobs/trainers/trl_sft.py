@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from trl import SFTConfig, SFTTrainer
 from jobs.trainers.chat_tokens import Encoded, encode
 from jobs.trainers.fingerprint import make_fingerprint
 from jobs.trainers.progress import ProgressMeter
+from jobs.trainers.smoke import smoke
 from jobs.trainers.task import BadData, Task, Trained
 from registry.chat_data import Row, load_rows
-from registry.manifest import write_manifest
+from registry.errors import RecipeError
+from registry.manifest import read_manifest, write_manifest
+from registry.recipe import Train
 from registry.sampling import pick_rows
 
 # What of a saved adapter is kept: never TRL's training_args.bin, which is a pickle.
@@ -32,26 +37,46 @@ TOKENIZER_FILES = [
     "chat_template.jinja",
 ]
 EVAL_ROWS = 48
+# The recipe's names, and transformers' for them; the 8-bit ones are bitsandbytes', which has them for GPUs.
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
 def train(task: Task) -> Trained:
+    _refuse_on_cpu(task.recipe.train)
     transformers_logging.disable_progress_bar()  # its bars fill log.txt with thousands of characters
     tokenizer = AutoTokenizer.from_pretrained(task.base)
+    rows = _encoded(task, tokenizer, "train", task.recipe.data.max_train)
+    eval_rows = _encoded(task, tokenizer, "eval", EVAL_ROWS)
     model = _adapted_model(task)
-    meter = ProgressMeter(task.report)
-    trainer = SFTTrainer(
-        model=model,
-        args=_arguments(task),
-        train_dataset=_encoded(task, tokenizer, "train", task.recipe.data.max_train),
-        eval_dataset=_encoded(task, tokenizer, "eval", EVAL_ROWS),
-        processing_class=tokenizer,
-        callbacks=[_Watch(task, meter)],
-    )
+
+    def make(rows: Dataset, eval_rows: Dataset, watch: TrainerCallback, **arguments: Any) -> SFTTrainer:
+        return SFTTrainer(
+            model=model,
+            args=_arguments(task, **arguments),
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            callbacks=[watch],
+        )
+
     checkpoint = _resume_from(task)
-    if checkpoint and (ended := _ended_at(checkpoint)):
-        _take(trainer, meter, checkpoint, ended)
+    smoked = smoke(task, model, make, rows, eval_rows, _peak_memory) if _smoke_is_due(task, checkpoint) else None
+    watch = _Watch(task, ProgressMeter(task.report))
+    if smoked and (reason := task.stop()):
+        trained = Trained(_steps_of(checkpoint), 0, None, None, _peak_memory(), reason)
     else:
+        trained = _long_run(task, make(rows, eval_rows, watch), watch, checkpoint)
+    return replace(trained, longest=max(map(len, rows["input_ids"])), card=_card(), smoke=smoked)
+
+
+def _long_run(task: Task, trainer: SFTTrainer, watch: _Watch, checkpoint: str | None) -> Trained:
+    seconds = 0.0
+    if checkpoint and (ended := _ended_at(checkpoint)):
+        _take(trainer, watch.meter, checkpoint, ended)
+    else:
+        began = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.monotonic() - began - watch.eval_seconds
     state = trainer.state
     unfinished = task.stop() if state.global_step < state.max_steps else None
     if unfinished is None:
@@ -66,6 +91,7 @@ def train(task: Task) -> Trained:
         eval_loss=evals[-1] if evals else None,
         peak_memory=_peak_memory(),
         stopped=unfinished,
+        seconds=seconds,
     )
 
 
@@ -81,13 +107,22 @@ def fingerprint(task: Task) -> dict[str, Any]:
     )
 
 
+def _refuse_on_cpu(train: Train) -> None:
+    if train.optimizer != "adamw" and not _on_gpu():
+        raise RecipeError(
+            f"train.optimizer {train.optimizer} needs a GPU, and this job is on a CPU",
+            fix="set train.optimizer to adamw, or `card` to one with a GPU",
+        )
+
+
 def _adapted_model(task: Task) -> Any:
     train, lora = task.recipe.train, task.recipe.train.lora
     torch.manual_seed(train.seed)
     base = _load_base(task, quantize=train.quantize)
+    _keep_gradients(base)
     # It casts what is not quantized to float32, which makes a step on a CPU a third longer.
     if train.quantize == "nf4" and _on_gpu():
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=train.checkpointing)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -96,6 +131,14 @@ def _adapted_model(task: Task) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
+
+
+def _keep_gradients(base: Any) -> None:
+    # On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit layers at the first evaluation, for a kernel without a
+    # gradient: whatever was trained after it learned through the adapters alone.
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _load_base(task: Task, *, quantize: str) -> Any:
@@ -114,35 +157,37 @@ def _load_base(task: Task, *, quantize: str) -> Any:
     )
 
 
-def _arguments(task: Task) -> SFTConfig:
+def _arguments(task: Task, **others: Any) -> SFTConfig:
+    """What the recipe says, with `others` in its place."""
     train = task.recipe.train
-    return SFTConfig(
-        output_dir=str(task.job.work / "trainer"),
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
-        per_device_train_batch_size=train.batch,
-        per_device_eval_batch_size=train.batch,
-        gradient_accumulation_steps=train.accumulate,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=train.warmup,
-        max_length=None,  # checked row by row in _encoded: a cut row would train on half an answer
-        optim="adamw_torch",
-        gradient_checkpointing=_on_gpu(),
-        bf16=True,
-        use_cpu=not _on_gpu(),
-        seed=train.seed,
-        data_seed=train.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would replace a loss that is no number, and ProgressMeter never see it
-        save_strategy="steps",
-        save_steps=train.checkpoint_steps,
-        eval_strategy="epoch",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        include_num_input_tokens_seen="no",
-    )
+    said: dict[str, Any] = {
+        "output_dir": str(task.job.work / "trainer"),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.batch,
+        "per_device_eval_batch_size": train.batch,
+        "gradient_accumulation_steps": train.accumulate,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": train.warmup,
+        "max_length": None,  # checked row by row in _encoded: a cut row would train on half an answer
+        "optim": OPTIMIZERS[train.optimizer],
+        "gradient_checkpointing": _on_gpu() and train.checkpointing,
+        "bf16": True,
+        "use_cpu": not _on_gpu(),
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would replace a loss that is no number, and ProgressMeter never see it
+        "save_strategy": "steps",
+        "save_steps": train.checkpoint_steps,
+        "eval_strategy": "epoch",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "include_num_input_tokens_seen": "no",
+    }
+    return SFTConfig(**{**said, **others})
 
 
 def _encoded(task: Task, tokenizer: Any, split: str, most: int | None) -> Dataset:
@@ -179,6 +224,23 @@ def _dataset(encoded: list[Encoded]) -> Dataset:
 def _resume_from(task: Task) -> str | None:
     complete = task.job.complete_checkpoints()
     return str(complete[0]) if complete else None
+
+
+def _smoke_is_due(task: Task, checkpoint: str | None) -> bool:
+    """Not where a checkpoint shows that this batch fits this card; a retry changes the batch, a new pod the card."""
+    if not task.recipe.train.smoke or (checkpoint and _ended_at(checkpoint)):
+        return False
+    made = read_manifest(Path(checkpoint)) if checkpoint else None
+    return made is None or _batch_and_card(task) != {name: made.get(name) for name in ("batch", "card")}
+
+
+def _batch_and_card(task: Task) -> dict[str, Any]:
+    return {"batch": task.recipe.train.batch, "card": _card()}
+
+
+def _steps_of(checkpoint: str | None) -> int:
+    made = read_manifest(Path(checkpoint)) if checkpoint else None
+    return int(made["step"]) if made else 0
 
 
 def _ended_at(checkpoint: str) -> TrainerState | None:
@@ -221,13 +283,16 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
     """Reports progress, keeps complete checkpoints, and stops when asked to."""
 
     def __init__(self, task: Task, meter: ProgressMeter) -> None:
-        self.task, self.meter = task, meter
+        self.task, self.meter, self.eval_seconds = task, meter, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.begin(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         self.meter.log(state.global_step, logs or {}, _peak_memory())
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        self.eval_seconds += metrics.get("eval_runtime", 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.task.stop():
@@ -241,7 +306,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         target = self.task.job.checkpoints / f"{self.task.epoch:04d}-{state.global_step}"
         if saved.is_dir() and not target.exists():
-            write_manifest(saved, step=state.global_step)
+            write_manifest(saved, step=state.global_step, **_batch_and_card(self.task))
             target.parent.mkdir(exist_ok=True)
             saved.replace(target)
             self.task.job.prune_checkpoints(keep=2)
@@ -249,6 +314,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
 
 def _on_gpu() -> bool:
     return bool(torch.cuda.is_available())
+
+
+def _card() -> str:
+    return str(torch.cuda.get_device_name(0)) if _on_gpu() else "cpu"
 
 
 def _peak_memory() -> int:

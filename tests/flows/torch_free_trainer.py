@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.trainer import run_job
 from jobs.trainers.progress import ProgressMeter
-from jobs.trainers.task import Task, Trained
+from jobs.trainers.task import Smoked, Task, Trained
 from registry.job_folder import JobFolder
 from registry.manifest import MANIFEST, write_manifest
 
@@ -34,6 +34,8 @@ class TorchFree:
         steps, meter = task.recipe.train.max_steps or 4, ProgressMeter(task.report)
         complete = task.job.complete_checkpoints()
         done = int(complete[0].name.partition("-")[2]) if complete else 0
+        smoked = _smoke(task) if task.recipe.train.smoke and not done else None
+        began = time.monotonic()
         meter.begin(done, steps)
         while done < steps and not task.stop():
             time.sleep(STEP_SECONDS)
@@ -44,10 +46,19 @@ class TorchFree:
         stopped = task.stop() if done < steps else None
         if stopped is None:
             _save_adapter(task, self.made)
-        return Trained(done, 100 * done, 1.0 / max(done, 1), None, MEMORY, stopped)
+        seconds = time.monotonic() - began
+        return Trained(done, 100 * done, 1.0 / max(done, 1), None, MEMORY, stopped, seconds, 100, "cpu", smoked)
 
     def fingerprint(self, task: Task) -> dict[str, Any]:
         return dict(json.loads((self.made / FINGERPRINT).read_text(encoding="utf-8")))
+
+
+def _smoke(task: Task) -> Smoked:
+    found = Smoked(STEP_SECONDS, MEMORY, int(task.recipe.train.batch), 100)
+    task.report({"stage": "smoke", "rows": found.rows, "longest": found.longest})
+    time.sleep(found.seconds)
+    task.report({"smoke_seconds": found.seconds, "smoke_memory": found.peak_memory})
+    return found
 
 
 def _save_checkpoint(task: Task, step: int) -> None:

@@ -58,6 +58,16 @@ def test_what_diverged_starts_anew_more_slowly_where_the_recipe_says_so() -> Non
     assert (found["train"], found["anew"]) == ({"learning_rate": 1e-4}, True)
 
 
+def test_where_one_row_is_too_much_the_advice_names_what_is_not_yet_done() -> None:
+    saving = {"quantize": "nf4", "checkpointing": True, "optimizer": "paged_adamw_8bit"}
+    lavish = {"quantize": "none", "checkpointing": False, "optimizer": "adamw"}
+    said = advice("out_of_memory", {"batch": 1, **lavish})
+    for knob in ("train.quantize to nf4", "train.checkpointing to true", "train.optimizer to paged_adamw_8bit"):
+        assert knob in said
+        assert knob not in advice("out_of_memory", {"batch": 1, **saving})
+    assert "lower train.max_length" in advice("out_of_memory", {"batch": 1, **saving})
+
+
 @pytest.mark.parametrize("kind", ["bad_data", "bad_input", "disk_full", "None", "lost", "unheard-of"])
 def test_what_does_not_help_is_not_tried(kind: str) -> None:
     assert change(kind, out_of_memory=9, crash=9, diverged=9, lost=9) is None

@@ -198,7 +198,7 @@ def test_progress_tells_every_step_once_with_loss_rate_and_eta(done: Job) -> Non
         assert line["memory"] > 0
         assert line["epoch"] == 1
     assert losses[-1]["eta"] == 0
-    assert [line["stage"] for line in lines if "stage" in line] == ["fingerprint"]
+    assert [line["stage"] for line in lines if "stage" in line] == ["smoke", "fingerprint"]
     assert sum("eval_loss" in line for line in lines) >= 1
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
@@ -356,7 +356,9 @@ def test_a_batch_that_does_not_fit_is_out_of_memory_and_a_smaller_one_fits(make:
     write_split(job.folder.data, "train", rows(1024))
     command = [sys.executable, "-c", SMALL_MACHINE, str(job.folder.path)]
     done, result = run_bounded(command, 500, env=job.env), result_of(job)
-    assert (result["status"], result["class"]) == ("failed", "out_of_memory"), done.stderr
+    assert (result["status"], result["class"], result["stage"]) == ("failed", "out_of_memory", "smoke"), done.stderr
+    assert result["message"].startswith("in the smoke, with 1024 rows of up to ")
+    assert job.steps() == []
     for after in range(job.folder.accepted(), 9):  # as many as a machine of another make may need
         train, before = job.folder.recipe()["train"], job.folder.attempts()
         change = next_attempt(Retries(out_of_memory=9), train, result, after, before)
