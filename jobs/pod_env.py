@@ -1,4 +1,7 @@
-"""What a job's pod gets of us: its environment, with a key that reaches the bucket of job folders and nothing else."""
+"""What a job's pod gets of us: its environment, with a key that reaches the bucket of job folders and nothing else.
+
+And how the pod reads it: `job_of_pod` in a pod, `claims_of` in the trainer that a pod starts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ import os
 
 from registry.bucket import Bucket, open_bucket
 from registry.errors import BucketError
+from registry.job_bucket import LEASE_SECONDS, JobBucket
+from registry.job_folder import Claims, JobFolder
 from registry.settings import Settings
+
+IN_BUCKET = {"FT_CLAIMS": "bucket"}
 
 
 def pod_bucket(settings: Settings) -> Bucket:
@@ -39,3 +46,18 @@ def pod_env(settings: Settings, job_id: str, attempt: int) -> dict[str, str]:
         "FT_RUNPOD_URL": settings.runpod_url,
         "FT_POD_START_SECONDS": str(settings.pod_start_seconds),
     }
+
+
+def job_of_pod() -> JobBucket:
+    """The job of the pod that this process is in. Raises BucketError where that is none."""
+    job, attempt = os.environ.get("FT_JOB", ""), os.environ.get("FT_ATTEMPT", "")
+    if not job or not attempt.isdecimal():
+        raise BucketError("this is no pod: FT_JOB and FT_ATTEMPT are not set", place="environment",
+                          fix="`ft run` a recipe with `cloud:`; it starts the pod")  # fmt: skip
+    term = float(os.environ.get("FT_LEASE_SECONDS") or LEASE_SECONDS)
+    return JobBucket(open_bucket(Settings()), job, int(attempt), term, os.environ.get("RUNPOD_POD_ID", ""))
+
+
+def claims_of(job: JobFolder) -> Claims:
+    """Where the trainer of this folder claims its job: in the bucket, if a pod has started it; in the folder else."""
+    return job_of_pod() if IN_BUCKET.items() <= os.environ.items() else job

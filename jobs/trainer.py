@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from jobs.pod_env import claims_of
 from jobs.trainers.task import Backend, BadData, Task, Trained
 from registry.base_models import BaseModel, base_path
-from registry.errors import FtError, RecipeError
+from registry.errors import BucketError, FtError, RecipeError
 from registry.job_folder import Held, JobFolder, LeaseLost
 from registry.manifest import write_manifest
 from registry.project import Project, cache_folder
@@ -187,15 +188,16 @@ class Claim:
     """The trainer's hold on the job: renewed by a thread, lost for good once a renewal fails."""
 
     def __init__(self, job: JobFolder) -> None:
-        self.job = job
-        self.held: Held = job.claim(f"{socket.gethostname()}/{os.getpid()}", job.lease())
+        self.job, self.claims = job, claims_of(job)
+        self.held: Held = self.claims.claim(f"{socket.gethostname()}/{os.getpid()}", self.claims.lease())
         self.epoch = self.held.lease.epoch
         self.lines: list[dict[str, Any]] = []
         self.at: dict[str, Any] = {"stage": "load"}
         self.files = 0
         self.written = time.monotonic()
         self.stopping: str | None = None
-        self.lock = threading.Lock()
+        # One for the lines and one for the lease: a bucket that hangs must not stop who reports a step.
+        self.lock, self.leasing = threading.Lock(), threading.Lock()
         self.over = threading.Event()
 
     @contextmanager
@@ -237,24 +239,43 @@ class Claim:
     def publish(self, result: dict[str, Any]) -> int:
         """Make the result the one that counts; a trainer that has lost its lease publishes nothing."""
         try:
-            with self.lock:
+            with self.leasing:
                 adapter = self.job.work / "adapter" if result["status"] == "ok" else None
-                self.held = self.job.accept(self.held, result, adapter)
+                self.held = self._accept(result, adapter)
         except LeaseLost:
             return TAKEN
         shutil.rmtree(self.job.work, ignore_errors=True)
         return {"ok": OK, "stopped": STOPPED}.get(result["status"], FAILED)
 
-    def _renew(self) -> None:
-        while not self.over.wait(RENEW_SECONDS):
+    def _accept(self, result: dict[str, Any], adapter: Path | None) -> Held:
+        """Tried until somebody else may have the job: it took hours to come so far."""
+        end = time.monotonic() + self.claims.term / 2
+        while True:
             try:
-                with self.lock:
-                    self.held = self.job.renew(self.held)
+                return self.claims.accept(self.held, result, adapter)
+            except BucketError as error:
+                print(error, file=sys.stderr, flush=True)
+                if time.monotonic() > end:
+                    raise
+                time.sleep(RENEW_SECONDS)
+
+    def _renew(self) -> None:
+        renewed = time.monotonic()
+        while not self.over.wait(min(RENEW_SECONDS, self.claims.term / 6)):
+            try:
+                with self.leasing:
+                    self.held = self.claims.renew(self.held)
+                renewed = time.monotonic()
             except LeaseLost:
                 self.stopping = "another trainer has taken the job over"
                 return
             except OSError:
                 traceback.print_exc()
+            except BucketError as error:
+                print(error, file=sys.stderr, flush=True)
+                # By the full term somebody else may take the job over.
+                if time.monotonic() - renewed > self.claims.term / 2:
+                    self.stopping = "the bucket was away for too long"
 
 
 @contextmanager

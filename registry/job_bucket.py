@@ -45,10 +45,12 @@ class Permit:
 
 
 class JobBucket:
-    """`attempt` is the number of the pod that this process is in, 0 on our own side."""
+    """`attempt` is the number of the pod that this process is in, and `pod` its id; 0 and nothing on our own side."""
 
-    def __init__(self, bucket: Bucket, job_id: str, attempt: int = 0, term: float = LEASE_SECONDS) -> None:
-        self.bucket, self.job_id, self.attempt, self.term = bucket, job_id, attempt, term
+    def __init__(
+        self, bucket: Bucket, job_id: str, attempt: int = 0, term: float = LEASE_SECONDS, pod: str = ""
+    ) -> None:
+        self.bucket, self.job_id, self.attempt, self.term, self.pod = bucket, job_id, attempt, term, pod
         self.root = f"jobs/{job_id}"
 
     def lease(self) -> Held | None:
@@ -61,7 +63,7 @@ class JobBucket:
             raise LeaseLost(f"{self.bucket.place}/{self.root}")
         epoch = seen.lease.epoch + 1 if seen else 1
         # No two claims are ever of one name, so who got no answer knows its own lease when it sees it.
-        name = f"a{self.attempt}/{owner}/{uuid.uuid4().hex[:12]}"
+        name = f"a{self.attempt}/{self.pod}/{owner}/{uuid.uuid4().hex[:12]}"
         return self._swap(seen, Lease(epoch, name, os.getpid()))
 
     def renew(self, held: Held) -> Held:
@@ -305,6 +307,11 @@ def attempt_of(lease: Lease) -> int:
     """The number of the pod that claimed it."""
     number = lease.owner.partition("/")[0].removeprefix("a")
     return int(number) if number.isdecimal() else 0
+
+
+def pod_of(lease: Lease) -> str:
+    """The id of the pod that claimed it: two pods of one attempt are started when RunPod's answer was lost."""
+    return lease.owner.partition("/")[2].partition("/")[0]
 
 
 def _digest_of(file: Path) -> str:
