@@ -16,6 +16,7 @@ from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import begin, bind
 from jobs.hosts import Post
 from jobs.mlflow_aliases import AliasWatch
+from jobs.pod_reaper import keep_reaped
 from jobs.prune import prune_daily
 from jobs.tell_mlflow import tell_the_rest
 from jobs.train_job import let_go
@@ -24,6 +25,7 @@ from registry import runs
 from registry.errors import FtError, StoreError
 from registry.hosts import pauses
 from registry.project import Project, find_project
+from registry.rentals import any_open
 from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
 
@@ -60,6 +62,7 @@ def work(project: Project, *, forever: bool = False, ready: Path | None = None) 
     threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
     threading.Thread(target=_keep_pruned, args=[project, store, settings], name="prune", daemon=True).start()
     threading.Thread(target=AliasWatch(project, store).run, name="aliases", daemon=True).start()
+    threading.Thread(target=keep_reaped, args=[store, settings], name="pods", daemon=True).start()
     changes, busy_at, messages = store.database.changes(), time.monotonic(), Deliverer(project, store)
     post, dispatcher = Post(store, settings.lost_seconds, settings.cards), Dispatcher(project, store)
     messages.start()
@@ -114,7 +117,8 @@ def _may_end(project: Project, store: Store, messages: Deliverer) -> bool:
 
 
 def _has_work(store: Store, messages: Deliverer) -> bool:
-    return bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store) or messages.busy()
+    """A pod that may still cost needs a reaper, and so a worker, also when its run is over."""
+    return bool(runs.listed(store, active=True, limit=1)) or _has_wishes(store) or messages.busy() or any_open(store)
 
 
 def _has_wishes(store: Store) -> bool:

@@ -178,8 +178,8 @@ def note_pod(store: Store, name: str, pod: str, usd_per_hour: float, created: fl
             _note_pod(connection, name, pod, usd_per_hour, created)
 
 
-def note_gone(store: Store, pod: str, moment: float | None) -> None:
-    """RunPod took the order to end it, or knows it no more, so it costs nothing now. None: it lives all the same."""
+def note_gone(store: Store, pod: str, moment: float) -> None:
+    """RunPod took the order to end it, or knows it no more: from then on it costs nothing."""
     with store.writing() as connection:
         connection.execute("UPDATE rented_pods SET ended = ? WHERE pod = ?", (moment, pod))
 
