@@ -87,5 +87,3 @@ def test_the_next_plan_goes_by_what_was_measured(store: Store) -> None:
     after = plan_training(WISH, place, measured(store))
     assert after.seconds != before.seconds
     assert after.seconds.high - after.seconds.low < before.seconds.high - before.seconds.low
-    assert (
-    )
