@@ -7,6 +7,7 @@ transformers. Everything here is arithmetic.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -49,6 +50,18 @@ class Lengths:
     def over(self, limit: int) -> int:
         """Rows that are longer."""
         return sum(rows for length, rows in self.counts if length > limit)
+
+    def thinned(self, most: int | None) -> Lengths:
+        """Of only so many rows, alike. The longest stays: nobody knows here whether it will be among them."""
+        if most is None or most >= self.rows:
+            return self
+        part, seen, kept, found = most / self.rows, 0, 0, []
+        for length, rows in reversed(self.counts):
+            seen += rows
+            now = min(most, math.ceil(seen * part - 1e-9)) - kept
+            kept += now
+            found += [(length, now)] if now else []
+        return Lengths(tuple(reversed(found)))
 
     def padded(self, batch: int) -> float:
         """Expected tokens of a row in a batch of rows drawn at random, each padded to the longest of its batch."""

@@ -34,6 +34,15 @@ def test_quantiles_are_lengths_that_occur(part: float, length: int) -> None:
     assert TRAIN.quantile(part) == length
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 6, 7, None])
+def test_fewer_rows_are_alike_and_the_longest_is_among_them(most: int | None) -> None:
+    thinned = TRAIN.thinned(most)
+    assert thinned.rows == min(most or 6, 6)
+    assert thinned.longest == 100
+    many = lengths_of(ROWS * 100)
+    assert many.thinned(300).mean == pytest.approx(TRAIN.mean, rel=0.01)
+
+
 def test_a_split_without_rows_has_no_length() -> None:
     empty = lengths_of([])
     assert (empty.rows, empty.longest, empty.mean, empty.quantile(0.5), empty.padded(8)) == (0, 0, 0.0, 0, 0.0)
