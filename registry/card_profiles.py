@@ -14,7 +14,10 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class CardProfile:
-    """`memory_gib` is nominal, `bandwidth_gbs` in 1e9 bytes a second, `tflops` dense 16-bit; `compute`: CUDA's name."""
+    """`memory_gib` is nominal, `bandwidth_gbs` in 1e9 bytes a second, `tflops` dense 16-bit; `compute`: CUDA's name.
+
+    `ecc`: GDDR6 that keeps its check bits in itself, a sixteenth of it: the driver shows 15 GiB of a T4's 16.
+    """
 
     name: str
     memory_gib: float
@@ -22,6 +25,7 @@ class CardProfile:
     tflops: float
     compute: str
     runpod: tuple[str, ...] = ()
+    ecc: bool = False
 
     @property
     def is_cpu(self) -> bool:
@@ -48,7 +52,9 @@ class CardProfile:
     @property
     def usable(self) -> int:
         """Bytes that one program can hold, of the nominal memory."""
-        return 0 if self.is_cpu else usable_memory(int(self.memory_gib * GIB), self.name)
+        if self.is_cpu:
+            return 0
+        return usable_memory(int(self.memory_gib * GIB * (15 / 16 if self.ecc else 1)), self.name)
 
 
 def usable_memory(total: int, title: str) -> int:
@@ -140,13 +146,13 @@ PROFILES = (
     _geforce("RTX 5070 Ti", 16, 896, 87.9, "12.0"),
     _geforce("RTX 5080", 16, 960, 112.6, "12.0"),
     _geforce("RTX 5090", 32, 1792, 209.5, "12.0"),
-    CardProfile("A40", 48, 696, 149.7, "8.6", ("NVIDIA A40",)),
+    CardProfile("A40", 48, 696, 149.7, "8.6", ("NVIDIA A40",), ecc=True),
     CardProfile("RTX A5000", 24, 768, 111.1, "8.6", ("NVIDIA RTX A5000",)),
     CardProfile("RTX A6000", 48, 768, 154.8, "8.6", ("NVIDIA RTX A6000",)),
     CardProfile("RTX 6000 Ada", 48, 960, 182.1, "8.9", ("NVIDIA RTX 6000 Ada Generation",)),
-    CardProfile("L4", 24, 300, 60.5, "8.9", ("NVIDIA L4",)),
-    CardProfile("L40", 48, 864, 181.0, "8.9", ("NVIDIA L40",)),
-    CardProfile("L40S", 48, 864, 181.0, "8.9", ("NVIDIA L40S",)),
+    CardProfile("L4", 24, 300, 60.5, "8.9", ("NVIDIA L4",), ecc=True),
+    CardProfile("L40", 48, 864, 181.0, "8.9", ("NVIDIA L40",), ecc=True),
+    CardProfile("L40S", 48, 864, 181.0, "8.9", ("NVIDIA L40S",), ecc=True),
     CardProfile("A100 PCIe 40GB", 40, 1555, 312, "8.0"),
     CardProfile("A100 SXM 40GB", 40, 1555, 312, "8.0"),
     CardProfile("A100 PCIe 80GB", 80, 1935, 312, "8.0", ("NVIDIA A100 80GB PCIe",)),
@@ -156,7 +162,7 @@ PROFILES = (
     CardProfile("H100 NVL", 94, 3938, 835, "9.0", ("NVIDIA H100 NVL",)),
     CardProfile("H200", 141, 4800, 989, "9.0", ("NVIDIA H200",)),
     CardProfile("H200 NVL", 141, 4800, 835, "9.0", ("NVIDIA H200 NVL",)),
-    CardProfile("T4", 16, 320, 65, "7.5", ("Tesla T4",)),
+    CardProfile("T4", 16, 320, 65, "7.5", ("Tesla T4",), ecc=True),
     CardProfile("V100 16GB", 16, 900, 125, "7.0", ("Tesla V100-SXM2-16GB",)),
     CardProfile("V100 32GB", 32, 900, 125, "7.0", ("Tesla V100-SXM2-32GB",)),
     CPU,

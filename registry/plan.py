@@ -132,7 +132,7 @@ def _planned(wish: Wish, place: Place, corrected: Corrected, batch: int, accumul
     training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
     memory = corrected.memory(train_memory(wish.geometry, training, place.profile))
     steps = steps_of(wish.train, wish.rows, batch, accumulate)
-    time, limit = _seconds(wish, place, corrected, batch, accumulate, steps)
+    time, limit = _seconds(wish, place, corrected, (batch, accumulate), steps)
     fits, tight = memory.high <= place.bytes, memory.total <= place.bytes < memory.high
     epochs = steps * batch * accumulate / wish.rows if wish.rows else 0.0
     return Verdict(
@@ -153,7 +153,10 @@ def _planned(wish: Wish, place: Place, corrected: Corrected, batch: int, accumul
     )
 
 
-def _seconds(wish: Wish, place: Place, corrected: Corrected, batch: int, accumulate: int, steps: int) -> tuple[Interval, str]:  # fmt: skip
+def _seconds(
+    wish: Wish, place: Place, corrected: Corrected, arranged: tuple[int, int], steps: int
+) -> tuple[Interval, str]:
+    batch, accumulate = arranged
     training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
     usual = padded_length([(length, count) for length, count in wish.lengths if length <= wish.longest], batch)
     step = step_time(wish.geometry, training, place.profile, usual)

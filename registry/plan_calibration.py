@@ -9,9 +9,9 @@ from typing import Any
 
 from registry.card_profiles import CardProfile, sized_profile
 from registry.geometry import Geometry
-from registry.train_memory import Memory, Training, train_memory
 from registry.train_memory import SPREAD_HIGH as MEMORY_HIGH
 from registry.train_memory import SPREAD_LOW as MEMORY_LOW
+from registry.train_memory import Memory, Training, train_memory
 from registry.train_time import SPREAD_HIGH, SPREAD_LOW, Interval, step_time
 
 # A single run of the same card, model and stack: its memory repeats within this, its rate within this.

@@ -19,13 +19,6 @@ from registry.train_memory import Training, layer_bytes
 # sooner its power limit or its memory holds it back; GeForce cards come near their (halved) number.
 ATTAINED = {"7.0": 0.65, "7.5": 0.40, "8.0": 0.78, "9.0": 0.62, "": 0.8}
 ATTAINED_ELSE = 0.88
-# What a stack keeps of that beside norms, rotary embeddings, copies and gaps.
-KEPT = {"torchtune": 0.85, "torchtune2024": 0.80, "unsloth": 0.75, "unsloth2024": 0.75, "liger": 0.70}
-KEPT_ELSE = 0.62
-# Milliseconds to start the kernels of one layer, there and back with its recomputation: some hundred of them in eager
-# PyTorch with LoRA on each matrix, fewer where they are fused or compiled.
-LAUNCH = {"torchtune": 1.5e-3, "torchtune2024": 2.5e-3, "unsloth": 2.5e-3, "unsloth2024": 2.5e-3, "liger": 4e-3}
-LAUNCH_ELSE = 5e-3
 # 4-bit weights are read (half a byte), written in 16 bits and read again by the product.
 UNPACKING = 0.5 + 2 + 2
 # Each kept number is written once and read about once, in the forward pass, its repetition and the backward pass.
@@ -79,7 +72,7 @@ class StepTime:
 def step_time(geometry: Geometry, training: Training, card: CardProfile, length: float) -> StepTime:
     """Of one batch whose rows are padded to `length` tokens."""
     tokens, passes = training.batch * length, 3 if training.checkpointing else 2
-    rate = card.tflops * 1e12 * ATTAINED.get(card.compute, ATTAINED_ELSE) * KEPT.get(training.stack, KEPT_ELSE)
+    rate = card.tflops * 1e12 * ATTAINED.get(card.compute, ATTAINED_ELSE) * training.layout.attained
     if not (card.is_cpu or card.bf16):
         rate *= WITHOUT_BF16
     bandwidth = card.bandwidth_gbs * 1e9
@@ -88,7 +81,7 @@ def step_time(geometry: Geometry, training: Training, card: CardProfile, length:
         products=tokens * operations(geometry, training, length) / rate,
         unpacking=passes * width * geometry.linear / bandwidth if training.quantize == "nf4" else 0.0,
         activations=TOUCHES * tokens * geometry.layers * layer_bytes(geometry, training) / bandwidth,
-        launching=0.0 if card.is_cpu else geometry.layers * LAUNCH.get(training.stack, LAUNCH_ELSE) * passes / 3,
+        launching=0.0 if card.is_cpu else geometry.layers * training.layout.launch * passes / 3,
     )
 
 
