@@ -24,19 +24,19 @@ HOUR = 3600.0
 PATIENCE_SECONDS = 5.0
 CLOUDS = ("secure", "community")
 SEED_DATE = "March 2026"
-# USD an hour by RunPod's id, without a promise: others' lists of that month, which name the lowest price on demand. The
-# secure price of an RTX 4090 is the one in RunPod's own API reference. No source had an A40, an RTX 3070 or a 4070 Ti.
-SEED: dict[str, tuple[float | None, float | None]] = {
-    "NVIDIA GeForce RTX 4090": (0.44, 0.34),
-    "NVIDIA GeForce RTX 5090": (None, 0.69),
-    "NVIDIA L4": (0.44, None),
-    "NVIDIA L40": (None, 0.69),
-    "NVIDIA L40S": (None, 0.79),
-    "NVIDIA A100 80GB PCIe": (None, 1.19),
-    "NVIDIA A100-SXM4-80GB": (None, 1.39),
-    "NVIDIA H100 PCIe": (None, 1.99),
-    "NVIDIA H100 80GB HBM3": (None, 2.69),
-    "NVIDIA H200": (None, 3.59),
+# USD an hour by RunPod's id, without a promise: others' lists of that month, which name the lowest price on demand (the
+# secure cloud asks more of some). No source had an A40, an RTX 3070 or a 4070 Ti.
+SEED = {
+    "NVIDIA GeForce RTX 4090": 0.34,
+    "NVIDIA GeForce RTX 5090": 0.69,
+    "NVIDIA L4": 0.44,
+    "NVIDIA L40": 0.69,
+    "NVIDIA L40S": 0.79,
+    "NVIDIA A100 80GB PCIe": 1.19,
+    "NVIDIA A100-SXM4-80GB": 1.39,
+    "NVIDIA H100 PCIe": 1.99,
+    "NVIDIA H100 80GB HBM3": 2.69,
+    "NVIDIA H200": 3.59,
 }
 
 
@@ -92,19 +92,17 @@ def priced(offers: Iterable[GpuOffer], cloud: str) -> list[GpuPrice]:
 def seed_prices(note: str = "") -> Prices:
     """The table. Pure."""
     found = []
-    for gpu, prices in SEED.items():
+    for gpu, usd in SEED.items():
         profile = by_runpod_id(gpu)
         assert profile is not None, gpu
-        for cloud, usd in zip(CLOUDS, prices, strict=True):
-            if usd is not None:
-                found.append(GpuPrice(gpu, profile.name, int(profile.memory_gib), cloud, usd))
+        found += [GpuPrice(gpu, profile.name, int(profile.memory_gib), cloud, usd) for cloud in CLOUDS]
     return Prices(tuple(found), None, note)
 
 
 def source(prices: Prices, now: float) -> str:
     """For people: where the prices come from, and how old they are."""
     if prices.asked is None:
-        return f"a table of {SEED_DATE}, not today's ({prices.note or 'RunPod was not asked'})"
+        return f"the lowest of {SEED_DATE}, not today's ({prices.note or 'RunPod was not asked'})"
     age = max(0, round((now - prices.asked) / 60))
     old = f"{age} min ago" if age < 120 else f"{age // 60} h ago"
     return f"RunPod's catalogue, {old}{f' ({prices.note})' if prices.note else ''}"

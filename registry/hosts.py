@@ -156,12 +156,13 @@ def choose_card(wanted: str, there: list[HostCard], paused: Iterable[str], busy:
     others. Raises WrongInput where there is no such card. Pure.
     """
     paused = set(paused)
-    fitting = [each for each in there if _fits(each, wanted)]
+    fitting = [each for each in there if is_named(each, wanted)]
     if not fitting:
         raise WrongInput(f"no card '{wanted}'", place="card",
                          fix=f"there is: {', '.join(each.name for each in there)}; `ft cards` shows them")  # fmt: skip
     return min(fitting, key=lambda each: (each.name in paused, each.card.is_cpu, busy.get(each.name, 0)))
 
 
-def _fits(place: HostCard, wanted: str) -> bool:
+def is_named(place: HostCard, wanted: str) -> bool:
+    """Does a recipe's `card:` mean this one? 'auto' means all."""
     return wanted == "auto" or wanted.replace(":", "-") in (place.card.name, place.name.replace(":", "-"))

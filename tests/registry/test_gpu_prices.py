@@ -45,7 +45,7 @@ def test_without_a_key_or_a_network_the_table_is_taken_and_it_says_so(
     found = gpu_prices(tmp_path, Settings(runpod_url=url, runpod_api_key=key))
     assert (found.of, found.asked) == (seed_prices().of, None)
     said = source(found, time.time())
-    assert said.startswith("a table of March 2026, not today's (")
+    assert said.startswith("the lowest of March 2026, not today's (")
     assert why in said
     assert list(tmp_path.iterdir()) == []
 
