@@ -108,6 +108,38 @@ def deploy(  # noqa: PLR0913, PLR0917
 
 
 @app.command()
+def upload(
+    version: Annotated[str, typer.Argument(metavar="MODEL[@N]", help="A version; a MODEL alone: its champion")],
+    volume: Annotated[str, typer.Option("--volume", help="Id of a RunPod network volume")],
+    data_center: Annotated[str, typer.Option("--data-center", help="Where the volume is: EU-RO-1")],
+    adapter_path: Annotated[str | None, ADAPTER] = None,
+    s3_url: Annotated[str, typer.Option("--s3-url", help="S3 endpoint, if it is not RunPod's")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Copy an adapter to a network volume, where the workers of an endpoint look for it.
+
+    It needs an S3 API key of RunPod: RUNPOD_S3_ACCESS_KEY and RUNPOD_S3_SECRET_KEY in .env.
+
+    Example: ft endpoints upload tickets --volume 2q9m7x4c --data-center EU-RO-1
+    """
+    from cli.console import print_json, say
+    from registry.adapters import find_version
+    from registry.endpoints import ADAPTER_PATH
+    from registry.project import find_project
+    from registry.settings import load_settings
+    from registry.store import open_store
+    from serving.volume_upload import upload_adapter
+
+    project = find_project()
+    found = find_version(open_store(project), version)
+    path = upload_adapter(
+        project, load_settings(project), found, volume, data_center, adapter_path or ADAPTER_PATH, s3_url
+    )  # fmt: skip
+    done = {"version": found.name, "volume": volume, "path": path}
+    print_json(done) if as_json else say(f"{found.name} is on volume {volume}, for workers at {path}")
+
+
+@app.command()
 def scale(
     endpoint: Annotated[str, ID],
     workers: Annotated[int, typer.Argument(metavar="N", min=0, help="At most so many workers; 0 ends all of them")],
@@ -269,7 +301,7 @@ def _print_plan(plan: Plan) -> None:
     say(f"{plan.does}: {order.name} answers as {plan.version.name}")
     say(f"image {order.image}, base {order.env['MODEL_NAME']}, rank up to {order.env['MAX_LORA_RANK']}")
     say(f"adapter {plan.paths[str(plan.version.version)]}{f' on volume {terms.volume}' if terms.volume else ''}"
-        " (it must lie there already: docs/serverless.md)")  # fmt: skip
+        " (it must lie there already: `ft endpoints upload`)")  # fmt: skip
     if "HF_TOKEN" in order.env:
         say(f"the workers get {f'the RunPod secret {terms.hf_secret}' if terms.hf_secret else 'your HF_TOKEN'}")
     if plan.changes and plan.found:
