@@ -59,7 +59,7 @@ class JobBucket:
 
     def claim(self, owner: str, seen: Held | None) -> Held:
         """Take the job: create the lease, or take over the one `seen`. Raises LeaseLost if another was faster."""
-        if seen and self._is_done(seen.lease):
+        if seen and (self._is_done(seen.lease) or attempt_of(seen.lease) > self.attempt > 0):
             raise LeaseLost(f"{self.bucket.place}/{self.root}")
         epoch = seen.lease.epoch + 1 if seen else 1
         # No two claims are ever of one name, so who got no answer knows its own lease when it sees it.
@@ -148,11 +148,11 @@ class JobBucket:
         return str(json.loads(found.body)["reason"]) if found else None
 
     def fetch_job(self, job: JobFolder) -> None:
-        """A pod's side: what to do, the data, the newest whole checkpoint. Raises BucketError if it is not whole."""
+        """A pod's side: what to do, the data, the newest whole checkpoint. Raises JobError if it is not whole."""
         named = self.bucket.get(f"{self.root}/data.json")
         if named is None:
-            raise BucketError(f"job {self.job_id} is not (or half) in the bucket", place=self.bucket.place,
-                              fix=f"`ft resume {self.job_id}` sends it again")  # fmt: skip
+            raise JobError(f"job {self.job_id} is not (or half) in the bucket", place=self.bucket.place,
+                           fix=f"`ft resume {self.job_id}` sends it again")  # fmt: skip
         job.path.mkdir(parents=True, exist_ok=True)
         self.bucket.fetch(self.root, job.path, only=["spec.json"])
         self.bucket.fetch(f"{self.root}/attempts", job.path / "attempts")
@@ -293,14 +293,15 @@ class LeaseWatch:
 
     def __init__(self, term: float = LEASE_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
         self.term, self.clock = term, clock
-        self.etag, self.since = "", clock()
+        self.etag, self.since, self.looked = "", clock(), clock()
 
     def is_expired(self, held: Held | None) -> bool:
-        """To be asked again and again, with the lease as it is."""
-        etag = held.etag if held else ""
-        if etag != self.etag:
-            self.etag, self.since = etag, self.clock()
-        return self.clock() - self.since > self.term
+        """To be asked again and again, with the lease as it is. A time in which nobody looked does not count."""
+        etag, now = held.etag if held else "", self.clock()
+        gap, self.looked = now - self.looked, now
+        if etag != self.etag or gap > self.term / 4:
+            self.etag, self.since = etag, now
+        return now - self.since > self.term
 
 
 def attempt_of(lease: Lease) -> int:
@@ -329,6 +330,6 @@ def _manifest_of(folder: Path) -> bytes:
     return json.dumps({"files": {name: sha256_of(folder / name) for name in names}}, sort_keys=True).encode()
 
 
-def _damaged(prefix: str, bucket: Bucket) -> BucketError:
-    return BucketError(f"{prefix} is not whole in the bucket", place=bucket.place,
-                       fix=f"delete {prefix} there, then `ft resume` the run: it is sent again")  # fmt: skip
+def _damaged(prefix: str, bucket: Bucket) -> JobError:
+    return JobError(f"{prefix} is not whole in the bucket", place=bucket.place,
+                    fix=f"delete {prefix} there, then `ft resume` the run: it is sent again")  # fmt: skip

@@ -141,16 +141,29 @@ def test_the_lease_names_the_pods_attempt(bucket: JobBucket) -> None:
 def test_a_lease_is_expired_when_its_etag_has_stood_still_for_the_term(bucket: JobBucket) -> None:
     now = [0.0]
     watch, held = LeaseWatch(10.0, lambda: now[0]), bucket.claim("one", None)
-    assert not watch.is_expired(held)
-    now[0] = 9.0
-    assert not watch.is_expired(held)
+
+    def looks(until: int) -> list[bool]:
+        found = []
+        while now[0] < until:
+            now[0] += 2.0
+            found.append(watch.is_expired(held))
+        return found
+
+    assert not any(looks(8))
     held = bucket.renew(held)
+    assert not any(looks(18))
+    assert looks(22)[-1]
+    held = bucket.renew(held)
+    assert not any(looks(32))
+    now[0] = 1000.0  # nobody could look: the bucket was away
     assert not watch.is_expired(held)
-    now[0] = 18.0
-    assert not watch.is_expired(held)
-    now[0] = 19.5
-    assert watch.is_expired(held)
-    assert not watch.is_expired(bucket.renew(held))
+
+
+def test_a_pod_takes_nothing_over_from_a_later_one(bucket: JobBucket) -> None:
+    earlier = JobBucket(bucket.bucket, "job", attempt=2)
+    bucket.claim("three", earlier.claim("two", None))
+    with pytest.raises(LeaseLost):
+        earlier.claim("two, started again", earlier.lease())
 
 
 def test_a_job_arrives_as_it_was_pushed(bucket: JobBucket, job: JobFolder, tmp_path: Path) -> None:
@@ -181,10 +194,10 @@ def test_half_a_job_is_refused(bucket: JobBucket, job: JobFolder, tmp_path: Path
     bucket.push(job)
     data = next(each.key for each in bucket.bucket.names("data/") if each.key.endswith("train.jsonl"))
     bucket.bucket.put(data, b"cut")
-    with pytest.raises(BucketError, match="is not whole in the bucket"):
+    with pytest.raises(JobError, match="is not whole in the bucket"):
         bucket.fetch_job(other(tmp_path))
     bucket.bucket.remove(f"{bucket.root}/data.json")
-    with pytest.raises(BucketError, match=r"is not \(or half\) in the bucket"):
+    with pytest.raises(JobError, match=r"is not \(or half\) in the bucket"):
         bucket.fetch_job(other(tmp_path))
 
 
