@@ -27,7 +27,7 @@ def main() -> None:
     pace = Pace(given.provision, given.start, given.again, given.grace, given.restarts)
     config = Config(
         folder, given.key, given.seed, given.balance, given.price_factor, given.rate_per_minute, given.billing_lag,
-        given.latency, given.cold_start, given.upstream, pace,
+        given.latency, given.cold_start, given.upstream, dict(each.split("=", 1) for each in given.image_env), pace,
     )  # fmt: skip
     asyncio.run(_serve(config, given))
 
@@ -85,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--restarts", action="store_true", help="containers start again when their process ends")
     parser.add_argument("--cold-start", type=float, default=0.3, help="seconds until an endpoint's worker is there")
     parser.add_argument("--upstream", default="", help="address of a local server that does endpoints' jobs")
+    parser.add_argument("--image-env", action="append", default=[], metavar="NAME=VALUE", help="what all pods have")
     return parser.parse_args()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from tests.fakes.runpod.pod_keeper import descendants
+from tests.fakes.runpod.pod_keeper import TOLD_BY, descendants
 
 KEEPER = Path(__file__).with_name("pod_keeper.py")
 ROOT = Path(__file__).parents[3]
@@ -29,6 +29,7 @@ class Log:
         self.path, self._count = path, 0
         self._lines: deque[tuple[int, float, str, str]] = deque(maxlen=kept)
         self._lock = threading.Lock()
+        path.touch()
 
     def add(self, text: str, source: str = "container") -> None:
         with self._lock, self.path.open("a", encoding="utf-8") as file:
@@ -51,13 +52,18 @@ class Container:
     def __init__(self, args: str, env: dict[str, str], folder: Path, log: Log, on_exit: Callable[[], None]) -> None:
         command = shlex.split(args) or ["sleep", "infinity"]
         reading, self._held = os.pipe()
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD_BY)
         try:
             self._keeper = subprocess.Popen(
                 [sys.executable, "-I", str(KEEPER), str(reading), *command],
                 pass_fds=[reading], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env=env, cwd=folder, start_new_session=True,
             )  # fmt: skip
+        except OSError:
+            os.close(self._held)
+            raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             os.close(reading)
         self.started = time.time()
         self._on_exit, self._log = on_exit, log
@@ -95,14 +101,14 @@ class Container:
             self._keeper.send_signal(number)
 
 
-def pod_environment(own: dict[str, str], given: dict[str, str], folder: Path) -> dict[str, str]:
-    """What the image would have, what was ordered, and what RunPod sets. Of the stand-in's own environment only what
-    a program needs to start: its settings and secrets must not be what makes a pod work."""
-    image = {
+def pod_environment(image: dict[str, str], given: dict[str, str], own: dict[str, str], folder: Path) -> dict[str, str]:
+    """What the image has, what was ordered, and what RunPod sets. Of the stand-in's own environment only what a
+    program needs to start: its settings and secrets must not be what makes a pod work."""
+    needed = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PYTHONPATH": str(ROOT), "HOME": str(folder), "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
-    return image | given | own
+    return needed | image | given | own
 
 
 def _each_line(stream: IO[bytes], log: Log) -> None:

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 
 BECOME_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+# Blocked by whoever starts this, until they can be obeyed: before that they would kill it.
+TOLD_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main() -> None:
@@ -28,11 +30,12 @@ def main() -> None:
     started: list[int] = []
     woken = _obey_signals(started)
     try:
-        child = subprocess.Popen(command)
+        child = subprocess.Popen(command, preexec_fn=_unblock)  # noqa: PLW1509 -- there is one thread
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", flush=True)
         sys.exit(127)
     started.append(child.pid)
+    _unblock()
     while True:
         readable, _, _ = select.select([pipe, woken], [], [])
         if pipe in readable:
@@ -68,6 +71,10 @@ def _obey_signals(started: list[int]) -> int:
     signal.signal(signal.SIGUSR1, lambda *_: _signal_all(signal.SIGSTOP))
     signal.signal(signal.SIGUSR2, lambda *_: _end(137))
     return reading
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD_BY)
 
 
 def _reaped(program: int) -> int | None:

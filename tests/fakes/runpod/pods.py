@@ -79,6 +79,7 @@ class Pods:
     folder: Path
     pace: Pace
     chance: random.Random
+    image_env: dict[str, str] = field(default_factory=dict)
     by_id: dict[str, Pod] = field(default_factory=dict)
     ending: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -184,7 +185,7 @@ class Pods:
                 loop.call_soon_threadsafe(ended.set)
 
         try:
-            env = pod_environment(self._own_environment(pod), pod.order.env, pod.folder)
+            env = pod_environment(self.image_env, pod.order.env, self._own_environment(pod), pod.folder)
             pod.container = Container(pod.order.args, env, pod.folder, pod.log, gone)
         except (ValueError, OSError) as error:
             pod.log.add(f"cannot start the container: {error}", "system")

@@ -39,6 +39,7 @@ class Config:
     latency: float = 0.0
     cold_start: float = 0.3
     upstream: str = ""
+    image_env: dict[str, str] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
 
 
@@ -55,7 +56,7 @@ class State:
     @classmethod
     def new(cls, config: Config) -> State:
         # Ids are always new, also with the same seed: what was terminated must not come back under its old name.
-        pods = Pods(config.folder, config.pace, random.Random())
+        pods = Pods(config.folder, config.pace, random.Random(), config.image_env)
         serverless = Serverless(random.Random(), config.price_factor, config.cold_start, config.upstream)
         return cls(config, Faults(config.seed), pods, serverless, config.balance)
 
