@@ -1,10 +1,11 @@
 """A cloud in memory that does what RunPod may do: lose answers, show pods late, make two, refuse, ask other prices.
 
-It keeps the truth: which pods live, and what each has cost to the cent, by its own hand-moved clock.
+It keeps the truth: which pods live, and what each has cost to the cent (`pass_time`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +19,8 @@ class ScriptedCloud:
     """
 
     price: float = 0.5
-    lag: int = 0
+    lag: float = 0.0
+    linger: float = 0.0
     faults: dict[str, list[object]] = field(default_factory=dict)
     before: Callable[[str], None] = lambda _: None
     living: dict[str, Pod] = field(default_factory=dict)
@@ -26,17 +28,17 @@ class ScriptedCloud:
     bill: dict[str, float] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     orders: list[PodOrder] = field(default_factory=list)
-    now: float = 0.0
-    _age: dict[str, int] = field(default_factory=dict)
+    _since: dict[str, float] = field(default_factory=dict)
     _made: int = 0
 
     def pods(self) -> list[Pod]:
-        """A pod is shown from the `lag`-th list after its creation on."""
+        """A pod is shown only `lag` seconds after it was made, and for `linger` seconds after its end."""
         self._begin("pods")
-        shown = [each for each in self.living.values() if self._age[each.id] >= self.lag]
-        for id_ in self.living:
-            self._age[id_] += 1
-        return shown
+        now = time.monotonic()
+        gone = [
+            replace(each, status="RUNNING") for each in self.gone.values() if now - self._since[each.id] < self.linger
+        ]
+        return [each for each in self.living.values() if now - self._since[each.id] >= self.lag] + gone
 
     def pod(self, id: str) -> Pod | None:
         self._begin("pod")
@@ -63,15 +65,14 @@ class ScriptedCloud:
         """A pod comes to be, whoever wanted it."""
         self._made += 1
         pod = Pod(f"pod{self._made}", name, "RUNNING", gpu, "secure", price, created, 1.0, 50.0)
-        self.living[pod.id], self.bill[pod.id], self._age[pod.id] = pod, 0.0, 0
+        self.living[pod.id], self.bill[pod.id], self._since[pod.id] = pod, 0.0, time.monotonic()
         return pod
 
     def end(self, id: str) -> None:
         if pod := self.living.pop(id, None):
-            self.gone[id] = replace(pod, status="TERMINATED")
+            self.gone[id], self._since[id] = replace(pod, status="TERMINATED"), time.monotonic()
 
     def pass_time(self, seconds: float) -> None:
-        self.now += seconds
         for pod in self.living.values():
             self.bill[pod.id] += seconds * pod.usd_per_hour / 3600
 
