@@ -50,11 +50,14 @@ class CardProfile:
         return float(self.compute or 0)
 
     @property
+    def visible(self) -> int:
+        """Bytes as the driver counts them."""
+        return int(self.memory_gib * GIB * (15 / 16 if self.ecc else 1))
+
+    @property
     def usable(self) -> int:
         """Bytes that one program can hold, of the nominal memory."""
-        if self.is_cpu:
-            return 0
-        return usable_memory(int(self.memory_gib * GIB * (15 / 16 if self.ecc else 1)), self.name)
+        return 0 if self.is_cpu else usable_memory(self.visible, self.name)
 
 
 def usable_memory(total: int, title: str) -> int:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from registry.card_profiles import GIB, CardProfile
+from registry.card_profiles import GIB
 from registry.geometry import Geometry
 from registry.plan_calibration import Corrected, Measured, correct
 from registry.plan_knobs import Knob, find_knobs
+from registry.plan_place import Place
+from registry.plan_serving import Served, ServeWish, plan_serving, plan_servings
 from registry.recipe import Train
 from registry.train_memory import Memory, train_memory, training_of
 from registry.train_time import Interval, padded_length, step_time
 
-__all__ = ["Knob", "Measured", "Place", "Verdict", "Wish", "plan_training"]
+__all__ = ["Knob", "Measured", "Place", "ServeWish", "Served", "Verdict", "Wish", "plan_serving", "plan_servings",
+           "plan_training"]  # fmt: skip
 
 EFFECTIVE_BATCH = 16
 # Loading and quantizing the base: so many bytes of its 16-bit weights a second, from a disk that is not cold.
@@ -55,22 +58,6 @@ class Wish:
         """Tokens of the longest row that the trainer would take."""
         within = [length for length, _ in self.lengths if length <= self.train.max_length]
         return max(within, default=self.train.max_length)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A card that could do it. `available`: bytes that are free for us, None where only the profile is known."""
-
-    name: str
-    profile: CardProfile
-    available: int | None = None
-    usd_per_hour: float | None = None
-    storage_usd_per_hour: float = 0.0
-    start: Interval = field(default_factory=lambda: Interval(0, 0, 0))
-
-    @property
-    def bytes(self) -> int:
-        return self.profile.usable if self.available is None else self.available
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,10 @@ class Stack:
     `adapter_4bit`, `adapter_16bit`: bytes of a number of adapter, gradient and optimizer (Adam has two of them).
     `embeddings_4bit`: of embeddings and head beside a 4-bit base. `stream`: of the residual stream beside a 4-bit base.
     `fused`: kernels of its own for MLP and norms, which keep fewer tensors for the backward pass.
-    `offloads`: what is kept for the backward pass lies in the host's memory. `keeps_inputs`: bitsandbytes before 0.44
-    kept the input of every 4-bit matrix for the backward pass, where nobody needs it. `attained`: of what large products reach on the card, what is left beside norms, rotary
-    embeddings, copies and gaps. `launch`: seconds to start the kernels of one layer, there, again and back: some hundreds
-    in eager PyTorch with LoRA on each matrix, fewer where they are fused or compiled.
+    `offloads`: what is kept for the backward pass lies in the host's memory. `keeps_inputs`: bitsandbytes of 2023 kept
+    the input of every 4-bit matrix for the backward pass, where nobody needs it. `attained`: of what large products
+    reach on the card, what is left beside norms, rotary embeddings, copies and gaps. `launch`: seconds to start the
+    kernels of one layer, there, again and back: some hundreds in eager PyTorch with LoRA on each matrix.
     """
 
     name: str
