@@ -71,10 +71,11 @@ def intend(store: Store, intent: Intent, budgets: Budgets, now: float | None = N
     cap_usd = decide.run_cap(intent.max_usd, budgets, intent.job)
     installation(store)
     with store.writing() as connection:
+        attempt = _next_attempt(connection, intent.job)
         found = decide.caps(intent.job, cap_usd, budgets, *book(connection.execute, now, intent.job), now)
         reserved = decide.reservation(intent.reserved_usd, intent.usd_per_hour, found)
         if not isinstance(reserved, Refused):
-            name = _insert(connection, intent, cap_usd, reserved, now)
+            name = _insert(connection, intent, attempt, cap_usd, reserved, now)
             warn_within(connection, decide.period_caps(budgets, *book(connection.execute, now), now))
     if isinstance(reserved, Refused):
         tell_refusal(store, intent.job, reserved, now)
@@ -223,11 +224,14 @@ def reserve_more(store: Store, name: str, budgets: Budgets, max_usd: float) -> R
     return get(store, name)
 
 
-def _insert(connection: Connection, intent: Intent, cap_usd: float, reserved: float, now: float) -> str:
-    rows = list(connection.execute("SELECT attempt, state FROM rentals WHERE job = ?", (intent.job,)))
+def _next_attempt(connection: Connection, job: str) -> int:
+    rows = list(connection.execute("SELECT attempt, state FROM rentals WHERE job = ?", (job,)))
     if any(row["state"] in ("intended", "live") for row in rows):
-        raise Conflict(f"a pod is rented for {intent.job} already", fix="`ft pods` shows it")
-    attempt = max((int(row["attempt"]) for row in rows), default=0) + 1
+        raise Conflict(f"a pod is rented for {job} already", fix="`ft pods` shows it")
+    return max((int(row["attempt"]) for row in rows), default=0) + 1
+
+
+def _insert(connection: Connection, intent: Intent, attempt: int, cap_usd: float, reserved: float, now: float) -> str:
     ours = connection.execute("SELECT id FROM installation").fetchone()["id"]
     name = f"ft-{ours}-{intent.job}-a{attempt}"
     body = {"cap_usd": cap_usd, "max_usd_per_hour": intent.max_usd_per_hour, "touched": secrets.token_hex(4)}
