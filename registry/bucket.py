@@ -73,6 +73,10 @@ class Bucket:
         # Tried twice by the client, a write that was done without an answer would find its own content and say Changed.
         self._once = _client(settings, attempts=1)
 
+    def close(self) -> None:
+        for client in (self._client, self._once):
+            client.close()
+
     def get(self, key: str) -> Stored | None:
         """None if there is nothing under that key."""
         with self._errors(f"cannot read {key}"):

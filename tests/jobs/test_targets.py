@@ -1,0 +1,242 @@
+"""One contract for every target: launch, poll, fetch, cancel, each as often as one likes, and a trainer that dies."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.rent import Offer
+from jobs.targets.local_card import LocalCard
+from jobs.targets.runpod_pod import Rent, RunPodPod
+from jobs.targets.target import Target
+from registry import rentals
+from registry.base_models import BaseModel
+from registry.bucket import open_bucket
+from registry.cards import pick_card
+from registry.cloud_terms import CloudTerms
+from registry.job_bucket import JobBucket
+from registry.job_folder import JobFolder
+from registry.manifest import broken_files, manifest_digest, write_manifest
+from registry.project import Project
+from registry.recipe import Finetune
+from registry.runpod_api import open_runpod
+from registry.store import Store
+from tests.dvc_projects import write_splits
+from tests.fakes.adapter_folder import lora_arrays, make_adapter
+from tests.fakes.runpod.started import Standin, standin
+from tests.weed_server import WeedServer
+
+GPU = "NVIDIA A40"
+STEPS = 120
+
+
+@dataclass
+class Place:
+    """A target, with a job for it; `kill` ends its trainer without a word, `alive` counts trainers or pods."""
+
+    target: Target
+    job: JobFolder
+    kill: Callable[[], None]
+    alive: Callable[[], int]
+
+    def until(self, state: str, seconds: float = 90) -> Any:
+        end = time.monotonic() + seconds
+        while (found := self.target.poll(self.job.path)).state != state:
+            assert time.monotonic() < end, (found, self.job.log.read_text() if self.job.log.exists() else "")
+            time.sleep(0.1)
+        return found
+
+    def until_step(self, step: int, seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while max((line.get("step", 0) for line in self.job.progress()), default=0) < step:
+            assert time.monotonic() < end, self.job.log.read_text() if self.job.log.exists() else "no log"
+            self.target.poll(self.job.path)
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def base(project: Project, tmp_path: Path) -> BaseModel:
+    """A base model that nobody loads."""
+    folder = project.models / "local-none@1"
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+        write_manifest(folder, source="none", revision="1", licence="Apache-2.0")
+    return BaseModel("none", "1", "Apache-2.0", manifest_digest(folder), folder.name)
+
+
+@pytest.fixture
+def steps() -> int:
+    return STEPS
+
+
+@pytest.fixture
+def job(project: Project, base: BaseModel, steps: int) -> JobFolder:
+    recipe = Finetune.model_validate({
+        "kind": "finetune", "name": "m", "model": "m", "base": {"model": "./none"}, "data": {"path": "datasets/t"},
+        "train": {"max_steps": steps, "checkpoint_steps": 2}, "evaluate": {"task": "text"},
+    })  # fmt: skip
+    made = JobFolder(project.job_folder("m-0123456789"))
+    made.write_spec(
+        {"job": made.name, "recipe": recipe.model_dump(mode="json"), "base": base.as_dict(), "dataset": "d"}
+    )
+    write_splits(made.data)
+    return made
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, base: BaseModel) -> str:
+    """The command of a trainer without torch; the folder comes behind it."""
+    make_adapter(tmp_path / "made", lora_arrays(size=16), base=base.digest)
+    (tmp_path / "made" / "fingerprint.json").write_text("{}", encoding="utf-8")
+    return f"{shlex.quote(sys.executable)} -m tests.flows.torch_free_trainer {shlex.quote(str(tmp_path / 'made'))}"
+
+
+@pytest.fixture(params=["local card", "runpod pod"])
+def place(request: pytest.FixtureRequest, project: Project, store: Store, job: JobFolder, trainer: str,
+          tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    with ExitStack() as stack:
+        if request.param == "local card":
+            yield _on_card(project, job, trainer, tmp_path)
+        else:
+            cloud = stack.enter_context(standin(tmp_path / "cloud", provision=0.1, start=0.1, grace=5))
+            yield stack.enter_context(
+                _in_pod(store, job, trainer, cloud, request.getfixturevalue("s3"), project, tmp_path)
+            )
+
+
+def _on_card(project: Project, job: JobFolder, trainer: str, tmp_path: Path) -> Place:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {trainer} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    target = LocalCard(project, pick_card("cpu"), str(python), stop_seconds=20)
+
+    def kill() -> None:
+        held = job.lease()
+        assert held is not None
+        os.kill(held.lease.pid, signal.SIGKILL)
+
+    return Place(target, job, kill, lambda: int(target.poll(job.path).state == "running"))
+
+
+@contextmanager
+def _in_pod(
+    store: Store, job: JobFolder, trainer: str, cloud: Standin, s3: WeedServer, project: Project, tmp_path: Path,
+    rent: Rent | None = None,
+) -> Iterator[Place]:  # fmt: skip
+    settings = s3.settings(
+        tmp_path.name, runpod_url=cloud.url, runpod_api_key=cloud.key, runpod_image="ft", settle_seconds=1,
+        pod_start_seconds=60, budgets={"run_usd": 5},
+    )  # fmt: skip
+    rent = rent or Rent("m", "m", CloudTerms(), (Offer(GPU, "secure", 0.4),), base=project.models / "local-none@1")
+
+    def kill() -> None:
+        cloud.fate(cloud.alive()[0]["id"], "die")
+
+    command = f"env FT_TRAINER={shlex.quote(trainer)} python -m jobs.pod"
+    with open_runpod(settings) as client, closing(open_bucket(settings)) as bucket:
+        target = RunPodPod(store, settings, client, bucket, rent, command)
+        yield Place(target, job, kill, lambda: len(cloud.alive()))
+
+
+def test_launched_twice_it_trains_once_and_its_adapter_is_fetched_whole(place: Place, tmp_path: Path) -> None:
+    folder = place.job.path
+    assert place.target.launch(folder)
+    place.until("running")
+    assert not place.target.launch(folder)
+    done = place.until("done")
+    assert (done.result["status"], done.result.get("steps")) == ("ok", STEPS), done.result
+    assert not place.target.launch(folder)
+    for _ in range(2):
+        place.target.fetch(folder, tmp_path / "fetched")
+        assert broken_files(tmp_path / "fetched") == []
+    assert place.target.poll(folder).result == done.result
+    _gone(place)
+
+
+def test_asked_to_stop_it_saves_a_checkpoint_and_goes_on_from_there_when_launched_again(place: Place) -> None:
+    folder = place.job.path
+    place.target.launch(folder)
+    place.until_step(4)
+    place.target.cancel(folder, "the run was paused")
+    place.target.cancel(folder, "the run was paused")
+    stopped = place.job.result()
+    assert stopped is not None
+    assert (stopped["status"], stopped["message"]) == ("stopped", "the run was paused")
+    _gone(place)
+    assert place.target.launch(folder)
+    done = _ok(place)
+    assert done["steps"] == STEPS
+    assert _first_steps(place.job)[-1] >= 3
+
+
+def test_a_trainer_that_dies_is_lost_and_the_next_goes_on_from_its_checkpoint(place: Place) -> None:
+    folder = place.job.path
+    place.target.launch(folder)
+    place.until_step(6)
+    place.kill()
+    place.until("lost")
+    _gone(place)
+    assert place.target.launch(folder)
+    assert _ok(place)["steps"] == STEPS
+    assert _first_steps(place.job)[-1] >= 2
+
+
+def _ok(place: Place) -> dict[str, Any]:
+    """The result of a job that had another one before."""
+    end = time.monotonic() + 90
+    while True:
+        found = place.target.poll(place.job.path)
+        if found.result and found.result["status"] == "ok":
+            return found.result
+        assert time.monotonic() < end, found
+        time.sleep(0.1)
+
+
+def _gone(place: Place) -> None:
+    end = time.monotonic() + 20
+    while place.alive():
+        assert time.monotonic() < end, "something is still at work"
+        time.sleep(0.1)
+
+
+def _first_steps(job: JobFolder) -> list[int]:
+    """The step at which each trainer began."""
+    found: dict[int, int] = {}
+    for line in job.progress():
+        if "step" in line:
+            found.setdefault(line["epoch"], line["step"])
+    return [found[epoch] for epoch in sorted(found)]
+
+
+@pytest.mark.parametrize("steps", [2000])
+def test_a_pod_ends_with_its_permit_whoever_is_dead_here(
+    steps: int, project: Project, store: Store, job: JobFolder, trainer: str, s3: WeedServer, tmp_path: Path
+) -> None:
+    # 40 dollars an hour: 0.45 dollars pay for 40 s.
+    rent = Rent("m", "m", CloudTerms(max_usd_per_hour=50), (Offer(GPU, "secure", 40.0),), reserve_usd=0.45,
+                base=project.models / "local-none@1")  # fmt: skip
+    with (
+        standin(tmp_path / "cloud", provision=0.1, start=0.1, grace=5, price_factor=100) as cloud,
+        _in_pod(store, job, trainer, cloud, s3, project, tmp_path, rent) as place,
+    ):
+        assert isinstance(place.target, RunPodPod)
+        place.target.launch(job.path)
+        found = JobBucket(place.target.bucket, job.name).permit()
+        assert found is not None
+        assert 20 < found[0].until - found[1] < 40
+        cloud.until(lambda truth: not any(each["alive"] for each in truth["pods"]), seconds=90)
+        assert cloud.truth()["pods"][0]["usd"] <= 0.45 + 60 * 40 / 3600
+        assert rentals.current(store, job.name) is not None  # nobody has looked at it here
+        assert place.until("done").result["status"] == "stopped"
