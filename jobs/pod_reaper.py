@@ -261,7 +261,9 @@ def main() -> None:
 def _price(pod: Pod, look: Look) -> float:
     """RunPod says 0 of a pod that stands still."""
     rental = look.rentals.get(pod.name)
-    return pod.usd_per_hour or (rental.usd_per_hour if rental else 0.0)
+    if rental is None:
+        return pod.usd_per_hour
+    return pod.usd_per_hour + rental.disk_usd_per_hour if pod.usd_per_hour else rental.usd_per_hour
 
 
 if __name__ == "__main__":

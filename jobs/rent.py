@@ -61,6 +61,7 @@ class Wish:
     max_usd_per_hour: float
     max_usd: float | None = None
     reserve_usd: float | None = None
+    disk_gb: int = 0
 
 
 @dataclass
@@ -132,6 +133,7 @@ def _attempt(renting: _Renting) -> Rental | None:
     intent = Intent(
         wish.job, wish.recipe, wish.model, first.gpu, first.cloud, first.usd_per_hour,
         reserved_usd=wish.reserve_usd, max_usd=wish.max_usd, max_usd_per_hour=wish.max_usd_per_hour,
+        disk_gb=wish.disk_gb,
     )  # fmt: skip
     try:
         rental = ledger.intend(renting.store, intent, wish.budgets)

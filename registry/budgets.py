@@ -20,6 +20,8 @@ STOP_SECONDS, STOP_SHARE = 120.0, 0.25
 # A pod that could not live for so long would be rented for nothing.
 LEAST_SECONDS = 20.0
 ROUNDING_USD = 1e-9
+# RunPod charges 0.10 USD per GB and month for a pod's own disk, beside the price that it tells (docs, pods/pricing).
+DISK_USD_PER_GB_HOUR = 0.10 / 730
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ PODS = "ft/pods"
 
 @dataclass(frozen=True)
 class Intent:
-    """What is to be rented. `reserved_usd` None: all that the run has left; `max_usd` is the recipe's budget."""
+    """What is to be rented. `reserved_usd` None: all that the run has left; `max_usd` is the recipe's budget.
+
+    `usd_per_hour` and `max_usd_per_hour` are of the card alone, as RunPod tells them; its disk is charged beside.
+    """
 
     job: str
     recipe: str
@@ -60,6 +63,7 @@ class Intent:
     reserved_usd: float | None = None
     max_usd: float | None = None
     max_usd_per_hour: float | None = None
+    disk_gb: int = 0
 
 
 def intend(store: Store, intent: Intent, budgets: Budgets, now: float | None = None) -> Rental:
@@ -73,7 +77,7 @@ def intend(store: Store, intent: Intent, budgets: Budgets, now: float | None = N
     with store.writing() as connection:
         attempt = _next_attempt(connection, intent.job)
         found = decide.caps(intent.job, cap_usd, budgets, *book(connection.execute, now, intent.job), now)
-        reserved = decide.reservation(intent.reserved_usd, intent.usd_per_hour, found)
+        reserved = decide.reservation(intent.reserved_usd, intent.usd_per_hour + _disk(intent), found)
         if not isinstance(reserved, Refused):
             name = _insert(connection, intent, attempt, cap_usd, reserved, now)
             warn_within(connection, decide.period_caps(budgets, *book(connection.execute, now), now))
@@ -85,8 +89,9 @@ def intend(store: Store, intent: Intent, budgets: Budgets, now: float | None = N
 
 def re_aim(store: Store, name: str, gpu: str, cloud: str, usd_per_hour: float) -> bool:
     """The next create is for that card; False if the rental is not intended any more."""
+    whole = usd_per_hour + get(store, name).disk_usd_per_hour
     with store.writing() as connection:
-        return _touch(connection, name, "gpu = ?, cloud = ?, usd_per_hour = ?", (gpu, cloud, usd_per_hour))
+        return _touch(connection, name, "gpu = ?, cloud = ?, usd_per_hour = ?", (gpu, cloud, whole))
 
 
 def touch(store: Store, name: str) -> bool:
@@ -107,9 +112,9 @@ def note_live(
         row = connection.execute("SELECT * FROM rentals WHERE name = ?", (name,)).fetchone()
         rental = rental_of(dict(row)) if row else None
         # RunPod says 0 of a pod that stands still, and its clock may be another than ours.
-        usd_per_hour = usd_per_hour or (rental.usd_per_hour if rental else 0.0)
+        whole = (usd_per_hour + rental.disk_usd_per_hour if usd_per_hour else rental.usd_per_hour) if rental else 0.0
         created = min(max(created or now, rental.intended if rental else 0.0), now)
-        _note_pod(connection, name, pod, usd_per_hour, created)
+        _note_pod(connection, name, pod, whole or usd_per_hour, created)
         if rental is None or (rental.state, rental.pod) == ("live", pod):
             return rental
         if rental.state != "intended":
@@ -118,9 +123,9 @@ def note_live(
         reason = f"${usd_per_hour:g} an hour, more than the allowed ${rental.max_usd_per_hour:g}" if dear else ""
         connection.execute(
             "UPDATE rentals SET state = ?, pod = ?, usd_per_hour = ?, created = ?, reason = ? WHERE name = ?",
-            ("ending" if dear else "live", pod, usd_per_hour, created, reason, name),
+            ("ending" if dear else "live", pod, whole, created, reason, name),
         )
-        data = {"pod": pod, "name": name, "gpu": rental.gpu, "usd_per_hour": usd_per_hour,
+        data = {"pod": pod, "name": name, "gpu": rental.gpu, "usd_per_hour": whole,
                 "reserved_usd": rental.reserved_usd, **({"adopted": True} if adopted else {})}  # fmt: skip
         append_within(connection, new_event(PODS, "pod.created", rental.job, data, key=f"created {pod}"))
     return get(store, name)
@@ -234,14 +239,19 @@ def _next_attempt(connection: Connection, job: str) -> int:
 def _insert(connection: Connection, intent: Intent, attempt: int, cap_usd: float, reserved: float, now: float) -> str:
     ours = connection.execute("SELECT id FROM installation").fetchone()["id"]
     name = f"ft-{ours}-{intent.job}-a{attempt}"
-    body = {"cap_usd": cap_usd, "max_usd_per_hour": intent.max_usd_per_hour, "touched": secrets.token_hex(4)}
+    body = {"cap_usd": cap_usd, "max_usd_per_hour": intent.max_usd_per_hour, "touched": secrets.token_hex(4),
+            "disk_usd_per_hour": _disk(intent)}  # fmt: skip
     connection.execute(
         "INSERT INTO rentals (name, job, attempt, recipe, model, state, gpu, cloud, usd_per_hour, reserved_usd, "
         "intended, body) VALUES (?,?,?,?,?,'intended',?,?,?,?,?,?)",
-        (name, intent.job, attempt, intent.recipe, intent.model, intent.gpu, intent.cloud, intent.usd_per_hour,
-         reserved, now, dump(body)),
+        (name, intent.job, attempt, intent.recipe, intent.model, intent.gpu, intent.cloud,
+         intent.usd_per_hour + _disk(intent), reserved, now, dump(body)),
     )  # fmt: skip
     return name
+
+
+def _disk(intent: Intent) -> float:
+    return intent.disk_gb * decide.DISK_USD_PER_GB_HOUR
 
 
 def _touch(connection: Connection, name: str, change: str, values: Sequence[Any]) -> bool:

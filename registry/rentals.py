@@ -23,7 +23,10 @@ POD_ROWS = (
 
 @dataclass(frozen=True)
 class Rental:
-    """One attempt to have a pod for a job. `body`: cap_usd, max_usd_per_hour, touched, failures, error."""
+    """One attempt to have a pod for a job. `usd_per_hour` is all of it, the disk too.
+
+    `body`: cap_usd, max_usd_per_hour, disk_usd_per_hour, touched, failures, error.
+    """
 
     name: str
     job: str
@@ -50,6 +53,10 @@ class Rental:
     def max_usd_per_hour(self) -> float:
         limit = self.body.get("max_usd_per_hour")
         return float("inf") if limit is None else float(limit)
+
+    @property
+    def disk_usd_per_hour(self) -> float:
+        return float(self.body.get("disk_usd_per_hour", 0.0))
 
 
 def installation(store: Store) -> str:

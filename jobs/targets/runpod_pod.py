@@ -126,7 +126,7 @@ class RunPodPod:
         return Wish(
             job=job.name, recipe=self.rent.recipe, model=self.rent.model, offers=self.rent.offers,
             budgets=self.settings.budgets, max_usd_per_hour=self.rent.terms.max_usd_per_hour,
-            max_usd=self.rent.max_usd, reserve_usd=self.rent.reserve_usd,
+            max_usd=self.rent.max_usd, reserve_usd=self.rent.reserve_usd, disk_gb=self.rent.terms.disk_gb,
         )  # fmt: skip
 
     def _order(self, job: JobFolder) -> _OrderOf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,12 @@ from registry.store import Store
 BUDGETS = Budgets(run_usd=5)
 
 
-def intend(store: Store, job: str = "job", budgets: Budgets = BUDGETS, **more: float) -> Rental:
+def intend(store: Store, job: str = "job", budgets: Budgets = BUDGETS, **more: Any) -> Rental:
     intent = Intent(job, "tickets", "support", "NVIDIA A40", "secure", 0.5, **{"max_usd_per_hour": 0.8, **more})
     return ledger.intend(store, intent, budgets)
 
 
-def live(store: Store, job: str = "job", pod: str = "p1", budgets: Budgets = BUDGETS, **more: float) -> Rental:
+def live(store: Store, job: str = "job", pod: str = "p1", budgets: Budgets = BUDGETS, **more: Any) -> Rental:
     rental = ledger.note_live(store, intend(store, job, budgets, **more).name, pod, 0.5)
     assert rental is not None
     return rental
@@ -88,6 +89,18 @@ def test_a_pod_too_dear_is_to_be_ended_from_the_first_moment(store: Store) -> No
     found = ledger.note_live(store, rental.name, "p1", 0.81)
     assert found is not None
     assert (found.state, found.usd_per_hour) == ("ending", 0.81)
+
+
+def test_the_disk_is_paid_for_beside_the_card_which_alone_is_compared_with_the_highest_price(store: Store) -> None:
+    intent = Intent("job", "r", "m", "NVIDIA A40", "secure", 0.5, max_usd_per_hour=0.6, disk_gb=730)
+    rental = ledger.intend(store, intent, BUDGETS)
+    assert rental.usd_per_hour == pytest.approx(0.6)
+    ledger.re_aim(store, rental.name, "NVIDIA A40", "community", 0.4)
+    assert get(store, rental.name).usd_per_hour == pytest.approx(0.5)
+    found = ledger.note_live(store, rental.name, "p1", 0.6)
+    assert found is not None
+    assert (found.state, round(found.usd_per_hour, 6)) == ("live", 0.7)
+    assert [round(each.usd_per_hour, 6) for each in rented_pods(store)] == [0.7]
 
 
 def test_an_ending_rental_without_any_pod_was_for_nothing(store: Store) -> None:
