@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from registry import runs
+from registry.budgets import DISK_USD_PER_GB_HOUR
 from registry.calibration import measured
 from registry.card_profiles import CPU, GIB, CardProfile, by_runpod_id, sized_profile, usable_memory
 from registry.cards import Card
@@ -29,7 +30,6 @@ EVAL_ROWS = 48
 # Until a pod trains: it is made, pulls its image and fetches the base model. Nobody publishes how long that takes, and
 # it was not measured yet.
 POD_START = Interval(60, 180, 600)
-DISK_USD_PER_GB_MONTH, HOURS_PER_MONTH = 0.10, 730
 # Where there is a GPU, or `cloud`, `card: auto` does not take the CPU for what would take longer: that a card is too
 # small is no reason for weeks.
 CPU_SECONDS = 2 * 3600.0
@@ -216,7 +216,7 @@ def _priced(recipe: Recipe, prices: Prices) -> list[tuple[GpuPrice, CardProfile]
 
 def _rented(recipe: Recipe, found: tuple[GpuPrice, CardProfile]) -> Candidate:
     price, profile = found
-    disk = (recipe.cloud.disk_gb if recipe.cloud else 60) * DISK_USD_PER_GB_MONTH / HOURS_PER_MONTH
+    disk = (recipe.cloud.disk_gb if recipe.cloud else 60) * DISK_USD_PER_GB_HOUR
     name = f"runpod/{profile.name} {price.cloud}"
     place = Place(name, profile, None, price.usd_per_hour or None, storage_usd_per_hour=disk, start=POD_START)
     return Candidate(
