@@ -287,6 +287,17 @@ def test_scaled_to_zero_it_costs_nothing_and_comes_back(cloud: Cloud) -> None:
         scale(cloud.store, cloud.runpod, row, 5)
 
 
+def test_nobody_is_sent_to_an_endpoint_that_may_have_been_scaled_to_zero(cloud: Cloud) -> None:
+    row = cloud.deploy(**VOLUME)
+    cloud.standin.faults({"fault": "error_after", "match": f"PATCH /v2/serverless/{row.id}"})
+    with pytest.raises(CloudError):
+        scale(cloud.store, cloud.runpod, row, 0)
+    assert not endpoints.find_deployed(cloud.store, "tickets").is_on
+    cloud.standin.faults()
+    assert cloud.plan().changes == ("workers",)
+    assert cloud.deploy().is_on
+
+
 def test_bills_are_kept_after_the_end(cloud: Cloud) -> None:
     row = cloud.deploy(**VOLUME, workers_min=1)
     time.sleep(1)
