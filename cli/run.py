@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,15 +11,17 @@ import typer
 if TYPE_CHECKING:
     from registry.project import Project
     from registry.recipe import Recipe
+    from registry.store import Store
 
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe file")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before money is spent")] = False,
     queue: Annotated[bool, typer.Option("--queue", help="Wait behind a run of this recipe that is on")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not watch; print the run's id")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON")] = False,
 ) -> None:
-    """Run a recipe: train, judge, promote, serve.
+    """Run a recipe: train, judge, promote, serve. What it would rent is shown first, and asked for.
 
     Ctrl-C only stops watching; `ft cancel` stops the run. Exit code 3: the gate did not let the version through.
 
@@ -36,8 +39,10 @@ def run(
     project = find_project()
     loaded = load_recipe(recipe)
     check_escalation(project.root, loaded, str(recipe))
-    check_inputs(project, loaded)
     store = open_store(project)
+    check_inputs(project, store, loaded)
+    if loaded.cloud is not None:
+        _show_what_it_costs(project, store, loaded, yes=yes, quiet=as_json)
     with submitting(project):
         body = loaded.model_dump(mode="json")
         made = runs.submit(store, body, str(recipe), digest(loaded), queue=queue)
@@ -48,13 +53,41 @@ def run(
     exit_as(watch(project, store, made.id, quiet=as_json), as_json)
 
 
-def check_inputs(project: Project, recipe: Recipe) -> None:
+def check_inputs(project: Project, store: Store, recipe: Recipe) -> None:
     """What can be told at once, before anything is submitted: data, base model and its licence, card."""
     from registry.base_models import parse_reference, refuse_use
-    from registry.cards import pick_card
     from registry.dataset_versions import pin
+    from registry.hosts import all_cards, choose_card, hosts
 
     pin(project, recipe.data.path)
     parse_reference(recipe.base.model, project.root)
     refuse_use(recipe.use, recipe.base.model, recipe.base.licence or "")
-    pick_card(recipe.card)
+    if recipe.card != "runpod":
+        choose_card(recipe.card, all_cards(hosts(store)), (), {})
+
+
+def _show_what_it_costs(project: Project, store: Store, recipe: Recipe, *, yes: bool, quiet: bool) -> None:
+    """Where the plan would rent: what is there for it is checked, and a person asked. An own card costs nothing."""
+    from cli.console import say
+    from jobs.cloud_checks import check_cloud
+    from jobs.place import place
+    from registry.errors import WrongInput
+    from registry.settings import load_settings
+
+    settings = load_settings(project)
+    placed = place(project, store, settings, recipe)
+    if placed.rent is None or placed.judged is None:
+        return
+    check_cloud(settings, recipe)
+    verdict, here = placed.judged.verdict, placed.judged.candidate
+    assert verdict.usd is not None
+    if not quiet:
+        hours = f"{verdict.seconds.low / 3600:.1f} to {verdict.seconds.high / 3600:.1f} h"
+        say(f"rents {here.name} at ${here.place.usd_per_hour:.2f} an hour: {hours}, ${verdict.usd.low:.2f} to "
+            f"${verdict.usd.high:.2f}; `ft plan` shows all")  # fmt: skip
+    if yes:
+        return
+    if quiet or not sys.stdin.isatty():
+        raise WrongInput("this would spend money, and nobody is there to be asked", place=recipe.name,
+                         fix="look at `ft plan`, then `ft run --yes`")  # fmt: skip
+    typer.confirm("rent it?", abort=True)

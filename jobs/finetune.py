@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +20,7 @@ from jobs.evaluation.ask_on_engine import ask_on_engine
 from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
 from jobs.outages import through_outage
+from jobs.place import place, write_job
 from jobs.runtime import CLOUD, card_queue
 from jobs.served import take_back, what_server_said
 from jobs.steps import BENCH, Bench, State, step
@@ -31,10 +31,9 @@ from registry import adapters, runs
 from registry.admission import admit
 from registry.base_models import BaseModel, refuse_use
 from registry.cards import pick_card
-from registry.dataset_versions import Pinned, materialise, pin
+from registry.dataset_versions import Pinned, pin
 from registry.errors import Conflict, EngineError, FtError, Trouble
 from registry.gates import judge as judge_scores
-from registry.hosts import HostCard, all_cards, choose_card, hosts, pauses
 from registry.job_folder import JobFolder
 from registry.mlflow_mirror import mirror
 from registry.mlflow_store import Tracked, git_commit, tracker_for
@@ -115,25 +114,24 @@ async def pin_data(bench: Bench, run_id: str) -> State:
 
 @step("plan")
 async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
-    """Get the base model, choose the card, write the job's folder."""
+    """Get the base model, choose the card or what is rented, write the job's folder."""
     recipe, pinned = bench.recipe(run_id), Pinned(**dataset)
     refuse_use(recipe.use, recipe.base.model, recipe.base.licence or "")
     fetching = asyncio.to_thread(fetch_base, bench.project, recipe.base)
     base: BaseModel = await bench.outside("set-up", fetching)
     refuse_use(recipe.use, base.source, base.licence)
-    place = _choose_card(bench, run_id, recipe.card)
-    job = JobFolder(bench.project.job_folder(run_id))
-    spec = {"job": run_id, "recipe": recipe.model_dump(mode="json"), "base": base.as_dict(), "dataset": pinned.hash}
-    await asyncio.to_thread(job.write_spec, spec)
-    await asyncio.to_thread(materialise, bench.project, pinned, job.data)
+    placed = await asyncio.to_thread(place, bench.project, bench.store, bench.settings, recipe, run_id)
+    await asyncio.to_thread(write_job, bench.project, run_id, recipe, placed, base, pinned)
     shown = {name: dataset[name] for name in ("path", "hash", "rows")}
-    runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=place.card.name,
-                     host=place.host)  # fmt: skip
+    runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=placed.card.card.name,
+                     host=placed.card.host, rent=placed.rent, plan=placed.expected)  # fmt: skip
     return {
         "dataset": dataset,
         "base": base.as_dict(),
-        "card": place.card.name,
-        "host": place.host,
+        "card": placed.card.card.name,
+        "host": placed.card.host,
+        "rent": placed.rent,
+        "planned": placed.judged is not None,
         "promote": recipe.promote,
         "escalate": recipe.escalate and ("approve" if recipe.escalate.approve else "auto"),
         "commit": git_commit(bench.project.root),
@@ -280,13 +278,6 @@ def begin(run_id: str) -> None:
     """Start the run's workflow in this process, at once; a second start of the same run does nothing."""
     with SetWorkflowID(run_id):
         DBOS.start_workflow(finetune, run_id)
-
-
-def _choose_card(bench: Bench, run_id: str, wanted: str) -> HostCard:
-    """The card for a run; how many other runs want each is read off their rows."""
-    on = [run.result for run in runs.listed(bench.store, active=True, limit=1000) if run.id != run_id]
-    busy = Counter(f"{each['host']}/{each['card']}" for each in on if "host" in each)
-    return choose_card(wanted, all_cards(hosts(bench.store)), pauses(bench.store), busy)
 
 
 async def _base_here(bench: Bench, recipe: Finetune) -> None:

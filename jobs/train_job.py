@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Container
 from contextlib import AbstractContextManager, nullcontext
@@ -13,12 +14,17 @@ from jobs.steps import BENCH, Bench, State, at_work
 from jobs.target_of import RUNPOD, target_of
 from jobs.targets.local_card import LocalCard
 from jobs.tell_mlflow import keep_telling
+from jobs.token_histogram import look
 from jobs.watch_job import JobWatch
 from registry import runs
+from registry.calibration import note_measured, of_result
+from registry.candidates import wish_of
+from registry.card_profiles import GIB, by_runpod_id
 from registry.cards import marker, pick_card
+from registry.errors import FtError
 from registry.hosts import host_id
 from registry.job_folder import JobFolder
-from registry.rentals import current
+from registry.rentals import current, rentals
 from registry.store import Store
 
 # Of runs that were cancelled or paused while no step of theirs was at work here: who ends their pods.
@@ -46,6 +52,8 @@ async def train_job(bench: Bench, run_id: str, plan: State) -> State:
             tracking.cancel()
     if rented:
         await asyncio.to_thread(target.fetch, watch.folder, watch.job.adapter)
+    if plan.get("planned"):
+        await asyncio.to_thread(_measure, bench, run_id, plan, result)
     return result
 
 
@@ -91,6 +99,30 @@ def _pod_is_gone(bench: Bench, run_id: str, planned: dict[str, Any]) -> bool:
     _ending[run_id] = threading.Thread(target=target.cancel, args=arguments, name=f"end {run_id}", daemon=True)
     _ending[run_id].start()
     return False
+
+
+def _measure(bench: Bench, run_id: str, plan: State, result: State) -> None:
+    """Keep what it really took, for the next plans. That it cannot be kept is no reason to fail a run that is done."""
+    recipe = bench.recipe(run_id)
+    try:
+        card, memory = _trained_on(bench, run_id, plan)
+        looked = look(bench.project, recipe, python=bench.settings.trainer_python)
+        row = of_result(wish_of(recipe, looked.histogram, looked.config), card, memory, result)
+    except FtError as error:
+        print(f"{run_id}: not kept for the next plan: {error}", file=sys.stderr, flush=True)
+    else:
+        if row:
+            note_measured(bench.store, run_id, row)
+
+
+def _trained_on(bench: Bench, run_id: str, plan: State) -> tuple[str, int]:
+    """The card's title and bytes."""
+    if not plan.get("rent"):
+        card = pick_card(plan["card"])
+        return card.title if not card.is_cpu else "cpu", card.memory
+    gpu = rentals(bench.store, job=run_id)[-1].gpu
+    profile = by_runpod_id(gpu)
+    return gpu, int(profile.memory_gib * GIB) if profile else 0
 
 
 def _card_wanted(bench: Bench, plan: State) -> AbstractContextManager[None]:
