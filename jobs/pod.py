@@ -41,6 +41,7 @@ from registry.runpod_calls import Calls
 
 # A trainer renews every five seconds; another pod of the same attempt that is silent for so long is taken for dead.
 TWIN_SECONDS = 60.0
+TICK = 0.25
 SHORT_WAIT, LONG_WAIT = 1.0, 60.0
 BASE_TRIES, BASE_WAIT = 3, 5.0
 
@@ -71,11 +72,12 @@ class PodJob:
         """Work until the job is done or the watchdog says stop; why it ended. All that it started has ended then."""
         signal.signal(signal.SIGTERM, lambda *_: self._over("the pod was told to stop"))
         work = threading.Thread(target=self._work, name="work", daemon=True)
-        while not (reason := self.watchdog.look()) and not self.ended:
+        threading.Thread(target=self.watchdog.watch, name="watch", daemon=True).start()
+        while not (reason := self.watchdog.why()) and not self.ended:
             # Only with a permit: who has none must not take the job from whom it was given to.
-            if self.watchdog.permit and not work.ident:
+            if self.watchdog.seen and not work.ident:
                 work.start()
-            self.wake.wait(self.limits.look)
+            self.wake.wait(TICK)
         reason = reason or self.ended[0]
         self._stop(reason)
         return reason

@@ -19,6 +19,7 @@ from registry.job_bucket import JobBucket, LeaseWatch, Permit, attempt_of, pod_o
 from registry.job_folder import Held
 
 BUSY_GPU, BUSY_CORES = 0.02, 0.02
+SAMPLE_SECONDS = 10.0  # processor time is counted in hundredths of a second: a short window sees none, or a lot
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def why_end(seen: Seen, limits: Limits) -> str:
 
 
 class Watchdog:
-    """Looks again and again. `trainer` gives the pid of the trainer while there is one."""
+    """`watch` looks at the bucket, in a thread of its own; `why` decides by what was seen last, and never waits.
+
+    `trainer` gives the pid of the trainer while there is one.
+    """
 
     def __init__(
         self, remote: JobBucket, limits: Limits, trainer: Callable[[], int | None],
@@ -78,35 +82,41 @@ class Watchdog:
     ) -> None:  # fmt: skip
         self.remote, self.limits, self.clock = remote, limits, clock
         self.began = clock()
-        self.permit: Permit | None = None
-        self.offset: float | None = None  # from our clock to the bucket's
+        # The permit, and the offset from our clock to the bucket's: set as one, because two threads use them.
+        self.seen: tuple[Permit | None, float] | None = None
         self.held: Held | None = None
         self.still = LeaseWatch(limits.quiet, clock)
         self.quiet = False
         self.usage = Usage(trainer, clock)
 
-    def look(self) -> str:
-        """Why the pod must end; '' while it may go on. A bucket that is away changes nothing of what was known."""
+    def watch(self) -> None:
+        """For ever. A look at a bucket that hangs may take minutes."""
+        while True:
+            self.look()
+            time.sleep(self.limits.look)
+
+    def look(self) -> None:
+        """A bucket that is away changes nothing of what was known."""
         with suppress(BucketError):
             self._look_at_permit()
             self.held = self.remote.lease()
             self.quiet = self.still.is_expired(self.held)
+
+    def why(self) -> str:
+        """Why the pod must end; '' while it may go on."""
         return why_end(self._seen(), self.limits)
 
     def _look_at_permit(self) -> None:
         before = self.clock()
         found = self.remote.permit()
-        if found is None:
-            self.permit, self.offset = None, 0.0
-            return
-        self.permit, now = found
-        # `now` is of some moment since `before`, and in whole seconds: taken as late as it can be, we end in time.
-        self.offset = now + 1.0 - before
+        # The answer's clock is of some moment since `before`, in whole seconds: taken as late as it can be.
+        self.seen = (found[0], found[1] + 1.0 - before) if found else (None, 0.0)
 
     def _seen(self) -> Seen:
-        now = None if self.offset is None else self.offset + self.clock()
+        permit, offset = self.seen or (None, None)
+        now = None if offset is None else offset + self.clock()
         return Seen(
-            attempt=self.remote.attempt, up=self.clock() - self.began, permit=self.permit, now=now, held=self.held,
+            attempt=self.remote.attempt, up=self.clock() - self.began, permit=permit, now=now, held=self.held,
             pod=self.remote.pod, quiet=self.quiet, idle=self.usage.idle(),
         )  # fmt: skip
 
@@ -122,17 +132,16 @@ class Usage:
     def idle(self) -> float:
         """Seconds; 0 while no trainer runs."""
         pid, now = self.trainer(), self.clock()
-        if pid is None or self._is_busy(pid, now):
+        if pid is None or (now - self.seen_at > SAMPLE_SECONDS and self._is_busy(pid, now)):
             self.busy_at = now
         return now - self.busy_at
 
     def _is_busy(self, pid: int, now: float) -> bool:
+        gone, self.seen_at = now - self.seen_at, now
         if self.gpus:
             return any(_utilisation(each) > BUSY_GPU for each in self.gpus)
-        spent, gone = _processor_seconds(pid), max(now - self.seen_at, 1e-9)
-        busy = (spent - self.spent) / gone > BUSY_CORES
-        self.spent, self.seen_at = spent, now
-        return busy
+        before, self.spent = self.spent, _processor_seconds(pid)
+        return (self.spent - before) / gone > BUSY_CORES
 
 
 def _gpus() -> list[Any]:

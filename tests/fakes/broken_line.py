@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -19,7 +20,7 @@ class Line:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.lose = ""
-        self.down = threading.Event()
+        self.down, self.hanging = threading.Event(), threading.Event()
         self.open: set[socket.socket] = set()
 
     def lose_answer(self) -> None:
@@ -37,8 +38,13 @@ class Line:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
+    def hang(self) -> None:
+        """From now on whoever asks waits for an answer."""
+        self.hanging.set()
+
     def mend(self) -> None:
         self.down.clear()
+        self.hanging.clear()
 
     def serve(self) -> None:
         while True:
@@ -61,6 +67,8 @@ class Line:
                 while some := near.recv(1 << 16):
                     if self.lose and some.startswith(BEGINS):
                         losing[0], self.lose = self.lose, ""
+                    while self.hanging.is_set():
+                        time.sleep(0.05)
                     far.sendall(some)
                 self.open -= ends
 
@@ -85,5 +93,6 @@ def line_to(target: str) -> Iterator[Line]:
     finally:
         line.listener.shutdown(socket.SHUT_RDWR)
         line.listener.close()
+        line.mend()
         line.cut()
         thread.join(10)
