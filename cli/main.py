@@ -20,6 +20,7 @@ from registry.errors import FtError, Trouble, WrongInput
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "init": ("cli.init", "init", "Make a project: recipes/, datasets/, git, DVC and an example that runs"),
     "run": ("cli.run", "run", "Run a recipe: train, judge, promote, serve"),
+    "plan": ("cli.plan", "plan", "On which cards a recipe fits, how long it takes, what it costs"),
     "runs": ("cli.runs", "runs", "List runs"),
     "show": ("cli.show", "show", "Show one run: steps, scores, verdict, where time went"),
     "logs": ("cli.logs", "logs", "Show what a run's trainer says; -f follows"),
@@ -41,8 +42,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "prune": ("cli.prune", "prune", "Delete what has had its time: runs, checkpoints, job folders, events"),
     "worker": ("cli.worker", "worker", "Run the worker in the foreground"),
     "cards": ("cli.cards", "app", "Show all hosts' cards, what runs on them and what waits; pause and resume one"),
+    "pods": ("cli.pods", "app", "Show what is rented at RunPod; end what nobody wants"),
+    "cost": ("cli.cost", "cost", "Show what rented pods have cost, by run, recipe or month; a forecast"),
     "up": ("cli.up", "up", "Start the whole platform on this machine, and keep it on"),
     "down": ("cli.down", "down", "Stop what `ft up` started"),
+    "dev": ("cli.dev", "app", "Try things without an account: a stand-in for RunPod"),
     "doctor": ("cli.doctor", "doctor", "Say what is missing on this machine, and what settings are in force"),
 }
 

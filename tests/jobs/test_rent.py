@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from registry.errors import AnswerLost, BucketError, BudgetError, CloudError, Co
 from registry.events import newest, read
 from registry.ledger import Intent
 from registry.rentals import Rental, current, get, installation, pod_name, rentals, rented_pods
+from registry.runpod_api import RunPod
 from registry.runpod_shapes import PodOrder
 from registry.store import Store
+from tests.fakes.runpod.started import standin
 from tests.fakes.scripted_cloud import ScriptedCloud
 
 JOB = "tickets-0123456789"
@@ -205,3 +209,38 @@ def test_events_tell_the_story(store: Store) -> None:
     end_rental(store, cloud, live.name, "the job is done")
     ledger.note_ended(store, live.name)
     assert [each.type for each in read(store)] == ["pod.created", "pod.ended"]
+
+
+SLEEP = f"{sys.executable} -c 'import time; time.sleep(600)'"
+CREATE = "POST /v2/pods"
+
+
+def real_order(rental: Rental) -> PodOrder:
+    return PodOrder(rental.name, "ft", rental.gpu, rental.cloud, {}, SLEEP, 20)
+
+
+@pytest.mark.parametrize(
+    ("rules", "attempt", "gone"),
+    [
+        ([], 1, 0),
+        ([{"fault": "no_capacity", "times": 1}], 1, 0),
+        ([{"fault": "rate_limit", "match": CREATE, "times": 1, "seconds": 0.2}], 1, 0),
+        ([{"fault": "error_after", "match": CREATE, "times": 1}], 1, 0),
+        ([{"fault": "reset_after", "match": CREATE, "times": 1}, {"fault": "list_lag", "seconds": 1}], 1, 0),
+        ([{"fault": "garbage", "match": CREATE, "times": 1}], 1, 0),
+        ([{"fault": "error", "match": CREATE, "times": 1}], 2, 0),
+        ([{"fault": "error", "match": CREATE, "times": 1}, {"fault": "error", "match": "GET *", "times": 3}], 2, 0),
+        ([{"fault": "price", "times": 1, "factor": 9}], 2, 1),
+    ],
+)  # fmt: skip
+def test_with_the_stand_in_there_is_one_pod_in_the_end(
+    store: Store, tmp_path: Path, rules: list[dict[str, Any]], attempt: int, gone: int
+) -> None:
+    with standin(tmp_path / "runpod", rules=rules) as cloud, RunPod(cloud.url, cloud.key) as runpod:
+        wish = Wish(JOB, "tickets", "support", (A40, ADA), Budgets(run_usd=5), max_usd_per_hour=2, disk_gb=20)
+        live = rent(store, runpod, wish, real_order, settle_seconds=2)
+        truth = cloud.truth()["pods"]
+    assert (live.attempt, live.name) == (attempt, pod_name(store, JOB, attempt))
+    assert [each["id"] for each in truth if each["alive"]] == [live.pod]
+    assert len(truth) == 1 + gone
+    assert {each.pod for each in rented_pods(store)} == {each["id"] for each in truth}

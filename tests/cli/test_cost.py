@@ -1,0 +1,97 @@
+"""`ft cost`: the ledger is RunPod's bill to the cent, and what is not final yet is marked."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from jobs.pod_reaper import Reaper
+from registry import ledger
+from registry.budgets import RentedPod
+from registry.cloud_terms import Budgets
+from registry.costs import NOT_KNOWN, forecast, lines
+from registry.ledger import Intent
+from registry.project import Project
+from registry.rentals import pod_name, rented_pods
+from registry.runpod_api import RunPod
+from registry.store import Store
+from tests.cli.test_pods import a_pod, a_rental, ft
+from tests.fakes.runpod.started import standin
+
+NOW = datetime(2026, 11, 21, 12, tzinfo=UTC).timestamp()
+HOUR = 3600.0
+
+
+def pod(id_: str, hours_ago: float, hours: float, job: str = "a-1", final: bool = True) -> RentedPod:
+    created = NOW - hours_ago * HOUR
+    return RentedPod(id_, "n", 0.5, created, created + hours * HOUR, 0.5 * hours, final, job, job[:1])
+
+
+def test_costs_add_up_by_run_recipe_and_month() -> None:
+    pods = [pod("1", 10, 2), pod("2", 6, 1, "a-2"), pod("3", 2, 4, "b-1", final=False), pod("4", 500, 100, "")]
+    by_run = [(each.name, each.pods, round(each.usd, 6)) for each in lines(pods, "run", NOW)]
+    assert by_run == [(NOT_KNOWN, 1, 50), ("b-1", 1, 2), ("a-1", 1, 1), ("a-2", 1, 0.5)]
+    assert [(each.name, round(each.usd, 6)) for each in lines(pods, "recipe", NOW)][1:] == [("b", 2), ("a", 1.5)]
+    months = lines(pods, "month", NOW)
+    assert [each.name for each in months] == ["2026-10", "2026-11"]
+    assert sum(each.usd for each in months) == pytest.approx(53.5)
+    assert months[0].seconds == pytest.approx(8 * HOUR), "from 16:00 on the 31st"
+    assert [each.measured_usd for each in lines(pods, "run", NOW)] == [0, 2, 0, 0]
+
+
+def test_a_forecast_is_what_was_what_is_and_the_trend() -> None:
+    pods = [pod("1", 24 * 40, 10), pod("2", 24 * 15, 30), pod("3", 24, 2)]
+    found = forecast(pods, 3.0, NOW)
+    assert (found.month, round(found.spent_usd, 4), found.days_left) == ("2026-11", 16.0, 9.5)
+    assert found.trend_usd_per_day == pytest.approx(16 / 30)
+    assert found.usd == pytest.approx(16 + 3 + 9.5 * 16 / 30)
+
+
+def test_one_busy_day_is_no_trend() -> None:
+    assert forecast([pod("1", 10, 10)], 0.0, NOW).trend_usd_per_day == pytest.approx(5 / 7)
+    assert forecast([], 0.0, NOW).usd == 0
+
+
+def test_the_ledger_is_the_bill_to_the_cent(project: Project, store: Store, tmp_path: Path) -> None:
+    """One pod that a job had, its twin, and one that nobody had wanted; prices 1000 times as high as RunPod's."""
+    with standin(tmp_path / "runpod", price_factor=1000) as cloud, RunPod(cloud.url, cloud.key) as runpod:
+        rental = a_rental(store, cloud)
+        a_pod(cloud, rental.name)
+        a_pod(cloud, pod_name(store, "tickets-9", 3))
+        reaper = Reaper(store, runpod, Budgets(run_usd=5), settle_seconds=0.2, final_seconds=0.0)
+        reaper.look()
+        ledger.want_ended(store, rental.name, "done")
+        end = time.monotonic() + 30
+        while cloud.alive() or not all(each.final for each in rented_pods(store)):
+            assert time.monotonic() < end
+            reaper.look()
+            reaper.bill(at_once=True)
+            time.sleep(0.2)
+        truth = cloud.truth()["usd"]
+        assert truth > 0.1
+        told = json.loads(ft(project, "cost", "--json", **cloud.environment).stdout)
+    assert told["usd"] == pytest.approx(truth, abs=0.005)
+    assert told["measured_usd"] == 0
+    assert {each["run"]: each["pods"] for each in told["lines"]} == {"tickets-1": 2, NOT_KNOWN: 1}
+
+
+def test_what_is_not_billed_yet_is_marked_and_the_ledger_needs_no_key(project: Project, store: Store) -> None:
+    (project.root / "ft.yaml").write_text("budgets: {run_usd: 5, month_usd: 30}\n")
+    assert "nothing was rented yet" in ft(project, "cost").stdout
+    rental = ledger.intend(
+        store, Intent("tickets-1", "tickets", "support", "NVIDIA A40", "secure", 0.5), Budgets(run_usd=5)
+    )
+    ledger.note_live(store, rental.name, "p1", 0.5)
+    store.note("UPDATE rented_pods SET created = ?", (time.time() - 2 * HOUR,))
+    shown = ft(project, "cost", "--by", "recipe")
+    assert shown.returncode == 0, shown.stderr
+    assert "~1.00" in shown.stdout
+    assert "budgets: $30 a month, $5 a run" in shown.stdout
+    foreseen = ft(project, "cost", "--forecast")
+    assert "of $30.00" in foreseen.stdout, foreseen.stderr
+    told = json.loads(ft(project, "cost", "--forecast", "--json").stdout)
+    assert told["running_usd"] == pytest.approx(4, abs=1.1)
