@@ -89,6 +89,8 @@ def by_runpod_id(gpu: str) -> CardProfile | None:
 
 
 def _matching(title: str) -> list[CardProfile]:
+    if re.match(r"cpu\b", title, re.IGNORECASE):  # registry/cards.py: "CPU, 16 cores"
+        return [CPU]
     exact = [each for each in PROFILES if title in each.runpod or title.lower() == each.name.lower()]
     words = _words(title)
     return exact or [each for each in PROFILES if _words(each.name) == words] or _of_all_sizes(words)
@@ -112,7 +114,7 @@ def _words(title: str) -> tuple[str, ...]:
     text = re.sub(r"(\d+) ?(?:gb|gib|g)\b", r"\1gb", text)
     text = re.sub(r"\bsxm\d\b", "sxm", text).replace("hbm3", "sxm").replace("hbm2", "")
     text = re.sub(r"\b(rtx|gtx) ?(?=\d)", r"\1 ", text)
-    text = re.sub(r"\b(\d{4}) ?(ti|super)\b", r"\1 \2", text).replace("tisuper", "ti super")
+    text = re.sub(r"\b(\d{4}) ?(ti|super)", r"\1 \2 ", text)
     dropped = {"nvidia", "geforce", "tesla", "rtx", "gpu", "graphics", "card", "generation"}
     return tuple(sorted({each for each in text.split() if each not in dropped}))
 

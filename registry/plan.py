@@ -64,6 +64,7 @@ class Wish:
 class Verdict:
     """`fits`: the upper end of the memory's interval is there; `tight`: only the expected peak is.
 
+    `usual_memory`: the peak of a batch of usual length (bytes); `memory` is of the longest rows that there are.
     `tokens` are those of the rows in all steps, without padding; `usd` is None where nothing is paid.
     """
 
@@ -81,6 +82,7 @@ class Verdict:
     seconds: Interval
     usd: Interval | None
     notes: list[str]
+    usual_memory: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -88,6 +90,7 @@ class Verdict:
             "available": self.available, "limit": self.limit, "knobs": [each.as_dict() for each in self.knobs],
             "batch": self.batch, "accumulate": self.accumulate, "steps": self.steps, "tokens": self.tokens,
             "seconds": self.seconds.as_dict(), "usd": self.usd.as_dict() if self.usd else None, "notes": self.notes,
+            "usual_memory": self.usual_memory,
         }  # fmt: skip
 
 
@@ -122,6 +125,7 @@ def _planned(wish: Wish, place: Place, corrected: Corrected, batch: int, accumul
     time, limit = _seconds(wish, place, corrected, (batch, accumulate), steps)
     fits, tight = memory.high <= place.bytes, memory.total <= place.bytes < memory.high
     epochs = steps * batch * accumulate / wish.rows if wish.rows else 0.0
+    usual = replace(training, longest=math.ceil(_usual_length(wish, batch)))
     return Verdict(
         place=place.name,
         fits=fits,
@@ -137,6 +141,7 @@ def _planned(wish: Wish, place: Place, corrected: Corrected, batch: int, accumul
         seconds=time,
         usd=_usd(place, time),
         notes=_notes(wish, place),
+        usual_memory=corrected.memory(train_memory(wish.geometry, usual, place.profile)).total,
     )
 
 
@@ -145,14 +150,19 @@ def _seconds(
 ) -> tuple[Interval, str]:
     batch, accumulate = arranged
     training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
-    usual = padded_length([(length, count) for length, count in wish.lengths if length <= wish.longest], batch)
-    step = step_time(wish.geometry, training, place.profile, usual)
+    step = step_time(wish.geometry, training, place.profile, _usual_length(wish, batch))
     evaluations = math.ceil(wish.train.epochs) if wish.evaluations is None else wish.evaluations
     # An evaluation is a forward pass: a third of a step with its recomputation.
     batches = steps * accumulate + evaluations * math.ceil(wish.eval_rows / batch) / 3
     busy = corrected.seconds(batches * step.total)
     checkpoints = CHECKPOINT_SECONDS.times(steps // wish.train.checkpoint_steps + 1)
     return place.start + _loading(wish) + _smoke(wish, step.total) + busy + checkpoints, step.limit
+
+
+def _usual_length(wish: Wish, batch: int) -> float:
+    """Tokens to which a batch is padded on average."""
+    within = [(length, count) for length, count in wish.lengths if length <= wish.longest]
+    return padded_length(within, batch) or float(wish.longest)
 
 
 def _loading(wish: Wish) -> Interval:

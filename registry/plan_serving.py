@@ -74,12 +74,14 @@ def plan_serving(wish: ServeWish, place: Place) -> Served:
 
 
 def plan_servings(wishes: Sequence[ServeWish], place: Place) -> list[Served]:
-    """Several engines on one card: each plans with what the ones before it leave, and later ones with their least."""
+    """Several engines on one card. Each leaves the least that the later ones need, where it can itself."""
     found: list[Served] = []
     left = place.bytes
     for number, wish in enumerate(wishes):
         kept = sum(_least(each, place).high for each in wishes[number + 1 :])
         served = plan_serving(wish, replace(place, available=max(0, left - kept)))
+        if not served.fits:  # those before go first
+            served = plan_serving(wish, replace(place, available=left))
         found.append(served)
         left -= _taken(served, place) if served.fits else 0
     return found

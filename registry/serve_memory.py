@@ -19,8 +19,8 @@ Precision = Literal["bf16", "bitsandbytes"]
 BATCHED, BATCHED_LARGE, LARGE = 2048, 8192, 70 * GIB
 # Tokens of one block of KV cache.
 BLOCK = 16
-# A captured graph keeps its buffers and its launch list: some for each layer, for every size that is captured; once more
-# with LoRA.
+# A captured graph keeps its buffers and its launch list: some for each layer, over all sizes that are captured; with
+# LoRA all of them twice.
 GRAPHS_PER_LAYER = 16 * MIB
 # What comes and goes beside the tensors that are counted: PyTorch's blocks that are not full.
 FRAGMENTS = 0.10

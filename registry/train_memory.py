@@ -7,7 +7,7 @@ throughout. Where a number of bytes is given for "a number", it is one element o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from registry.card_profiles import CardProfile
@@ -69,6 +69,8 @@ STACKS = {
         # Ours: prepare_model_for_kbit_training makes 32-bit what is not 4-bit, and with it the residual stream; TRL
         # turns the adapter of a 4-bit base to bf16 and, since 1.16, never builds the logits.
         Stack("trl", "tiles", adapter_4bit=2, embeddings_4bit=4, stream=4),
+        # Ours on a CPU: no casts to 32 bits, one quantization, and the tiles in PyTorch's own operations.
+        Stack("trl-cpu", "tiles", adapter_4bit=2),
         # transformers' Trainer and older TRL, whose loss has full logits; hf32 after prepare_model_for_kbit_training.
         Stack("hf", "full"),
         Stack("hf32", "full", embeddings_4bit=4, stream=4),
@@ -162,15 +164,23 @@ def training_of(train: Train, *, batch: int, longest: int, stack: str = "trl") -
 
 def train_memory(geometry: Geometry, training: Training, card: CardProfile | None = None) -> Memory:
     """The peak. Of the CPU (`card.is_cpu`) it is the process's, without CUDA's parts."""
+    training = on_card(training, card)
     kept, moment, what = _activations(geometry, training)
     parts = {"base": base_bytes(geometry, training)} | _adapter(geometry, training)
     parts |= {"kept for backward": kept, what: moment}
     if card is not None and card.is_cpu:
-        parts |= {"python and torch": 600 * MIB}
+        parts |= {"python and torch": 800 * MIB}
     else:
         parts |= {"workspace": WORKSPACE, "fragments": round((kept + moment) * FRAGMENTS), "context": CONTEXT}
     total = sum(parts.values())
     return Memory(parts, round(total * (1 - SPREAD_LOW)), round(total * (1 + SPREAD_HIGH)))
+
+
+def on_card(training: Training, card: CardProfile | None) -> Training:
+    """The settings as the trainer really uses them there: a CPU recomputes nothing (jobs/trainers/trl_sft.py)."""
+    if card is None or not card.is_cpu or training.stack != "trl":
+        return training
+    return replace(training, stack="trl-cpu", checkpointing=False, double_quant=False)
 
 
 def base_bytes(geometry: Geometry, training: Training) -> int:
@@ -244,5 +254,7 @@ def _loss_bytes(geometry: Geometry, training: Training, stream: int) -> int:
     if stack.loss in LOGIT:
         return round(tokens * geometry.vocab * LOGIT[stack.loss])
     tile = min(tokens, TILE_TOKENS) * min(geometry.vocab, TILE_VOCABULARY) * 2
+    if stack.name == "trl-cpu":  # without Triton's kernel a tile has four copies in 32 bits
+        tile *= 1 + 4 * 2
     # A part of the head in 16 bits, the last hidden states, and their gradient in 32 bits.
     return tile + 2 * min(geometry.vocab, TILE_VOCABULARY) * geometry.hidden + tokens * geometry.hidden * (stream + 4)

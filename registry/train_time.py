@@ -13,7 +13,7 @@ from typing import Any
 
 from registry.card_profiles import CardProfile
 from registry.geometry import Geometry
-from registry.train_memory import Training, layer_bytes
+from registry.train_memory import Training, layer_bytes, on_card
 
 # What large products reach of the data sheet's number, by compute capability: the newer the data center card, the
 # sooner its power limit or its memory holds it back; GeForce cards come near their (halved) number.
@@ -71,6 +71,7 @@ class StepTime:
 
 def step_time(geometry: Geometry, training: Training, card: CardProfile, length: float) -> StepTime:
     """Of one batch whose rows are padded to `length` tokens."""
+    training = on_card(training, card)
     tokens, passes = training.batch * length, 3 if training.checkpointing else 2
     rate = card.tflops * 1e12 * ATTAINED.get(card.compute, ATTAINED_ELSE) * training.layout.attained
     if not (card.is_cpu or card.bf16):
