@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from registry.settings import Settings
 from registry.store import Store
 
 RUNPOD = "runpod"
+_made: list[tuple[Settings, RunPod, Bucket]] = []
 
 
 def target_of(project: Project, store: Store, settings: Settings, recipe: Finetune, plan: dict[str, Any]) -> Target:
     """`plan` is what the step "plan" has written down (`rent`, `card`, `base`)."""
     if plan.get("rent"):
-        return RunPodPod(store, settings, _runpod(settings), _bucket(settings), _rent(project, recipe, plan))
+        return RunPodPod(store, settings, *_connections(settings), _rent(project, recipe, plan))
     return LocalCard(project, pick_card(plan["card"]), settings.trainer_python)
 
 
@@ -47,11 +47,8 @@ def _to_be_sent(project: Project, recipe: Finetune, base: dict[str, Any]) -> Pat
     return project.models / base["folder"] if local else None
 
 
-@lru_cache(maxsize=1)
-def _runpod(settings: Settings) -> RunPod:
-    return open_runpod(settings)
-
-
-@lru_cache(maxsize=1)
-def _bucket(settings: Settings) -> Bucket:
-    return open_bucket(settings)
+def _connections(settings: Settings) -> tuple[RunPod, Bucket]:
+    """One of each for all jobs of this process: a connection takes longer to make than most questions to answer."""
+    if not _made or _made[0][0] is not settings:
+        _made[:] = [(settings, open_runpod(settings), open_bucket(settings))]
+    return _made[0][1:]
