@@ -255,7 +255,7 @@ def _lines(store: Store, settings: Settings, runpod: RunPod) -> list[dict[str, A
     from serving.serverless import look
 
     rows, lost = look(store, runpod)
-    found = [{**_facts(row), "state": _state(settings, row)} for row in rows]
+    found = [{**_facts(row), "state": _state(settings, row) + _behind(store, row)} for row in rows]
     for each in lost:
         found.append({
             "id": each.id, "name": each.name, "answers": "?", "state": "in no row; deploying its model adopts it",
@@ -292,6 +292,13 @@ def _state(settings: Settings, row: Deployed) -> str:
         jobs.close()
     state = f"{workers.get('running', 0)} at work, {workers.get('idle', 0)} idle, {queue.get('inQueue', 0)} waiting"
     return state if row.version == row.body["wanted"] else f"{state}; @{row.body['wanted']} is being brought in"
+
+
+def _behind(store: Store, row: Deployed) -> str:
+    from registry.adapters import aliases
+
+    champion = aliases(store, row.model).get("champion")
+    return "" if champion in (None, row.body["wanted"]) else f"; the champion is @{champion}: deploy it again"
 
 
 def _print_plan(plan: Plan) -> None:

@@ -33,8 +33,7 @@ def deploy(store: Store, runpod: RunPod, plan: Plan, *, settle_seconds: float = 
             endpoint.id, image=order.image, env=order.env, workers_min=order.workers_min,
             workers_max=order.workers_max, idle_seconds=order.idle_seconds,
         )  # fmt: skip
-    _remove_others(runpod, endpoint)
-    return _note(store, plan, endpoint)
+    return _note(store, plan, _only(runpod, endpoint, plan.order.name))
 
 
 def settle(
@@ -113,14 +112,14 @@ def _create(runpod: RunPod, order: EndpointOrder, settle_seconds: float) -> Endp
             time.sleep(min(POLL_SECONDS, settle_seconds))
 
 
-def _remove_others(runpod: RunPod, endpoint: Endpoint) -> None:
-    """Two deploys at the same time may both have created one; the older one stays."""
-    name = endpoint.name.removesuffix(" -fb")
+def _only(runpod: RunPod, endpoint: Endpoint, name: str) -> Endpoint:
+    """Two deploys at the same time may both have created one: the older one stays, and is what both go on with."""
     there = [each for each in runpod.endpoints() if endpoints.is_named(each.name, name)]
-    kept = of_name(there, name)
+    kept = of_name([endpoint, *there], name) or endpoint
     for each in there:
-        if kept and each.id not in (kept.id, endpoint.id):
+        if each.id != kept.id:
             runpod.delete_endpoint(each.id)
+    return kept
 
 
 def _note(store: Store, plan: Plan, endpoint: Endpoint) -> Deployed:

@@ -72,6 +72,7 @@ def test_an_endpoint_from_its_deploy_to_its_end(project: Project, store: Store, 
     again = made(project, cloud, "deploy", "tickets")  # nothing to do, so nobody is asked
     assert (again["did"], again["id"]) == ("nothing", row["id"])
     promote(store, 2)
+    assert "the champion is @2: deploy it again" in ft(project, cloud).stdout
     update = ft(project, cloud, "deploy", "tickets", "--yes")
     assert "changes: LORA_MODULES, VLLM_EXTRA_ARGS; workers are replaced one by one" in update.stdout
     assert "answers as tickets@2" in update.stdout

@@ -193,11 +193,12 @@ def test_a_create_that_was_lost_before_anything_was_made_can_be_repeated(cloud: 
 
 def test_two_deploys_at_once_leave_one_endpoint(cloud: Cloud) -> None:
     first, second = cloud.plan(**VOLUME), cloud.plan(**VOLUME)
-    one = deploy(cloud.store, cloud.runpod, first)
-    deploy(cloud.store, cloud.runpod, second)
-    cloud.deploy()
-    assert [each["id"] for each in cloud.there()] == [one.id]
-    assert [each.id for each in endpoints.deployed(cloud.store)] == [one.id]
+    deploy(cloud.store, cloud.runpod, first)
+    kept = deploy(cloud.store, cloud.runpod, second)
+    assert len(cloud.standin.requests("POST", "/v2/serverless")) == 2
+    assert [each["id"] for each in cloud.there()] == [kept.id]
+    assert [each.id for each in endpoints.deployed(cloud.store)] == [kept.id]
+    assert cloud.plan().does == "nothing"
 
 
 def test_what_bears_our_name_without_a_row_is_shown_and_adopted(cloud: Cloud) -> None:
