@@ -92,9 +92,17 @@ def _as_dict(
             "median": train.quantile(0.5), "p95": train.quantile(0.95), "over_max_length": train.over(
                 recipe.train.max_length), "estimated": looked.histogram.estimated,
         },
-        "candidates": [each.as_dict() for each in shown], "chosen": chosen.candidate.name if chosen else None,
+        "candidates": [_candidate(recipe, wish, each) for each in shown],
+        "chosen": chosen.candidate.name if chosen else None,
         "prices": {"asked": around.prices.asked, "note": around.prices.note}, "note": looked.note,
     }  # fmt: skip
+
+
+def _candidate(recipe: Recipe, wish: Wish, judged: Judged) -> dict[str, Any]:
+    from registry.candidates import served_on
+
+    is_own = judged.candidate.kind == "card" and judged.candidate.serve != "never"
+    return {**judged.as_dict(), "serving": served_on(recipe, wish, judged.candidate).as_dict() if is_own else None}
 
 
 def _print(
@@ -104,8 +112,8 @@ def _print(
 
     say(_about(recipe, looked, wish))
     names = ["", "card", "", "fits", "memory", "time", "cost", "waiting", ""]
-    table(names, [_row(each, chosen) for each in shown])
-    for line in _lines(recipe, looked, around, shown, chosen):
+    table(names, [_row(recipe, each, chosen, shown) for each in shown])
+    for line in (*_lines(looked, around, shown, chosen), *_serving_lines(recipe, wish, shown)):
         say(line)
 
 
@@ -117,7 +125,7 @@ def _about(recipe: Recipe, looked: Looked, wish: Wish) -> str:
             f"{wish.rows} rows with {about}{wish.tokens} tokens ({about}{lengths})")  # fmt: skip
 
 
-def _row(judged: Judged, chosen: Judged | None) -> list[str]:
+def _row(recipe: Recipe, judged: Judged, chosen: Judged | None, shown: Sequence[Judged]) -> list[str]:
     here, verdict = judged.candidate, judged.verdict
     return [
         ">" if judged is chosen else "",
@@ -128,11 +136,15 @@ def _row(judged: Judged, chosen: Judged | None) -> list[str]:
         time_span(verdict.seconds.low, verdict.seconds.high),
         f"${verdict.usd.low:.2f}-{verdict.usd.high:.2f}" if verdict.usd else "",
         str(here.queue) if here.kind == "card" else "",
-        ", ".join(_remarks(judged)),
+        ", ".join(_remarks(recipe, judged, shown)),
     ]
 
 
-def _remarks(judged: Judged) -> Iterator[str]:
+def _remarks(recipe: Recipe, judged: Judged, shown: Sequence[Judged]) -> Iterator[str]:
+    from registry.candidates import too_slow
+
+    if too_slow(recipe, judged, shown):
+        yield "too slow for `card: auto`"
     if judged.candidate.paused:
         yield "paused"
     if judged.candidate.availability:
@@ -141,9 +153,7 @@ def _remarks(judged: Judged) -> Iterator[str]:
         yield judged.candidate.why_not
 
 
-def _lines(
-    recipe: Recipe, looked: Looked, around: Around, shown: Sequence[Judged], chosen: Judged | None
-) -> Iterator[str]:
+def _lines(looked: Looked, around: Around, shown: Sequence[Judged], chosen: Judged | None) -> Iterator[str]:
     import time
 
     from registry.gpu_prices import source
@@ -163,6 +173,24 @@ def _lines(
         yield f"note: {what}: {looked.note}"
     if any(each.verdict.usd for each in shown):
         yield f"prices: {source(around.prices, time.time())}; waiting for a pod is in time and cost"
+
+
+def _serving_lines(recipe: Recipe, wish: Wish, shown: Sequence[Judged]) -> Iterator[str]:
+    from registry.candidates import served_on
+
+    for each in shown:
+        here = each.candidate
+        if here.kind != "card":
+            continue
+        if here.serve == "never":
+            yield f"serving on {here.name}: not at all (ft.yaml)"
+            continue
+        found = served_on(recipe, wish, here)
+        size = f"{_gib(found.memory.low)}-{_gib(found.memory.high)} GiB"
+        if found.fits:
+            yield f"serving on {here.name}: {', '.join(['yes, ' + size, *found.given_up])}"
+        else:
+            yield f"serving on {here.name}: no; {found.limit}"
 
 
 def time_span(low: float, high: float) -> str:

@@ -14,19 +14,24 @@ from registry import runs
 from registry.budgets import DISK_USD_PER_GB_HOUR
 from registry.calibration import measured
 from registry.card_profiles import CPU, GIB, CardProfile, by_runpod_id, sized_profile, usable_memory
-from registry.cards import Card
+from registry.cards import Card, ServeMode
 from registry.errors import BaseModelError, DoesNotFit, WrongInput
 from registry.geometry import geometry_of, known_geometry
 from registry.gpu_prices import CLOUDS, GpuPrice, Prices, gpu_prices, seed_prices
 from registry.histogram import Histogram
 from registry.hosts import HostCard, all_cards, hosts, is_named, pauses
 from registry.plan import Measured, Place, Verdict, Wish, plan_training
+from registry.plan_serving import Served, ServeWish, plan_serving
 from registry.recipe import Recipe
+from registry.serve_memory import Precision
 from registry.settings import Settings
 from registry.store import Store
 from registry.train_time import Interval
 
 EVAL_ROWS = 48
+# As serving/vllm_process.py starts vLLM: the base as it is, and room for adapters of at least this rank.
+SERVED_IN: tuple[Precision, ...] = ("bf16",)
+LEAST_RANK = 8
 # Until a pod trains: it is made, pulls its image and fetches the base model. Nobody publishes how long that takes, and
 # it was not measured yet.
 POD_START = Interval(60, 180, 600)
@@ -57,6 +62,7 @@ class Candidate:
     gpu: str = ""
     cloud: str = ""
     availability: str = ""
+    serve: ServeMode = "evict"
 
     @property
     def is_cpu(self) -> bool:
@@ -76,7 +82,7 @@ class Judged:
             "name": here.name, "kind": here.kind, "title": here.place.profile.name, "memory": here.memory,
             "queue": here.queue, "paused": here.paused, "why_not": here.why_not, "host": here.host, "card": here.card,
             "gpu": here.gpu, "cloud": here.cloud, "usd_per_hour": here.place.usd_per_hour,
-            "availability": here.availability, **self.verdict.as_dict(),
+            "availability": here.availability, "serve": here.serve, **self.verdict.as_dict(),
         }  # fmt: skip
 
 
@@ -113,6 +119,14 @@ def wish_of(recipe: Recipe, histogram: Histogram, config: Mapping[str, Any] | No
     eval_rows = min(EVAL_ROWS, histogram.splits["eval"].rows)
     return Wish(geometry, recipe.train, rows.counts, model=recipe.base.model, stack=recipe.train.backend,
                 eval_rows=eval_rows)  # fmt: skip
+
+
+def served_on(recipe: Recipe, wish: Wish, candidate: Candidate) -> Served:
+    """Whether the base with its adapters can be served on an own card, while nothing is trained there."""
+    want = recipe.serve
+    asked = ServeWish(wish.geometry, want.max_context, want.concurrency, rank=max(LEAST_RANK, recipe.train.lora.rank),
+                      precisions=SERVED_IN, name=recipe.model)  # fmt: skip
+    return plan_serving(asked, candidate.place)
 
 
 def judge(recipe: Recipe, wish: Wish, around: Around) -> list[Judged]:
@@ -188,12 +202,14 @@ def available(card: Card, profile: CardProfile) -> int:
 
 
 def _own(recipe: Recipe, place: HostCard, around: Around) -> Candidate:
-    profile = profile_for(place.card)
+    card, profile = place.card, profile_for(place.card)
+    there = Place(place.name, profile, available(card, profile), total=card.memory)
     named = f"the recipe names another (`card: {recipe.card}`)"
     return Candidate(
-        name=place.name, kind="card", place=Place(place.name, profile, available(place.card, profile)),
-        memory=place.card.memory, queue=around.busy.get(place.name, 0), paused=place.name in around.paused,
-        why_not="" if is_named(place, recipe.card) else named, host=place.host, card=place.card.name,
+        name=place.name, kind="card", place=there, memory=card.memory,
+        queue=around.busy.get(place.name, 0), paused=place.name in around.paused,
+        why_not="" if is_named(place, recipe.card) else named, host=place.host, card=card.name,
+        serve=card.serve,
     )  # fmt: skip
 
 

@@ -92,11 +92,12 @@ def names(found: dict[str, Any]) -> list[str]:
 def test_a_plan_says_where_it_would_run_and_how_long_it_takes(desk: Desk, tmp_path: Path) -> None:
     done = desk.ft(FT_CACHE=str(tmp_path / "new"))
     assert done.returncode == 0, done.stderr
-    first, about, _, row, takes = done.stdout.splitlines()
+    first, about, _, row, takes, serving = done.stdout.splitlines()
     assert first == "counting the tokens of 9 rows, once for this version of datasets/tickets"
     assert "3 rows with" in about
     assert row.split()[:4] == [">", "desk/cpu", "cpu", "yes"]
     assert takes.startswith("`ft run` takes desk/cpu: batch 8 x accumulate 1, 1 steps; limited by speed")
+    assert serving.startswith("serving on desk/cpu: yes, ")
     again = desk.ft(FT_CACHE=str(tmp_path / "new"))
     assert again.stdout.splitlines() == done.stdout.splitlines()[1:]
     assert not (desk.project.home / "jobs").exists()
@@ -170,6 +171,17 @@ def test_what_finished_runs_measured_makes_the_plan_surer(desk: Desk) -> None:
     note_measured(open_store(desk.project), "run-1", row)
     after = desk.json()["candidates"][0]
     assert after["memory"]["high"] / after["memory"]["low"] < before["memory"]["high"] / before["memory"]["low"]
+
+
+def test_a_plan_says_whether_the_base_can_be_served_on_ones_own_card(desk: Desk) -> None:
+    of_7_billion(desk)
+    desk.settings(cards={"cpu": {"memory_gb": 12}})
+    done, found = desk.ft(), desk.json()["candidates"][0]
+    assert "serving on desk/cpu: no; memory: " in done.stdout
+    assert (found["serving"]["fits"], found["serving"]["serving"]["precision"]) == (False, "bf16")
+    desk.settings(cards={"cpu": {"memory_gb": 12, "serve": "never"}})
+    assert "serving on desk/cpu: not at all (ft.yaml)" in desk.ft().stdout
+    assert desk.json()["candidates"][0]["serving"] is None
 
 
 def test_lengths_that_are_estimated_are_said_to_be(desk: Desk, tmp_path: Path) -> None:
