@@ -108,7 +108,10 @@ def summary(points: list[Point], peers: dict[str, dict[str, Any]]) -> list[str]:
     for name, answers in peers.items():
         taken = [point for point in measured if "bytes" in answers.get(point.id, {})]
         lines.append(_score(f"{name}, those that it takes", taken, points, answers))
-        lines.append(_score("ours, the same", taken, [point for point in points if point.id in answers], ours))
+        stock = [point for point in taken if point.training.stack in ("hf", "hf32")]
+        lines.append(_score(f"{name}, of these on transformers' own loss", stock, points, answers))
+        lines.append(_score("ours, the same", stock, [point for point in points if point.id in answers], ours))
+        lines.append(_score("ours, all that it takes", taken, [point for point in points if point.id in answers], ours))
     said = Counter(point.saying for point in points if point.fits)
     counts = ", ".join(f"{name} {count}" for name, count in said.items())
     lines += ["", f"Of {sum(said.values())} points that fit, ours says: {counts}."]

@@ -79,9 +79,8 @@ def test_abilities_follow_from_the_compute_capability() -> None:
 
 
 def test_less_than_the_nominal_memory_can_be_used_and_least_where_a_desktop_or_ecc_takes_some() -> None:
-    usable = {
-        name: profile.usable / GIB for name in ("RTX 3070", "RTX A6000", "A40", "T4") if (profile := profile_of(name))
-    }
+    known = {name: profile_of(name) for name in ("RTX 3070", "RTX A6000", "A40", "T4")}
+    usable = {name: each.usable / GIB for name, each in known.items() if each}
     assert 7.3 < usable["RTX 3070"] < 7.7
     assert 46.5 < usable["RTX A6000"] < 47.5
     assert 43.5 < usable["A40"] < 44.5  # its driver shows 45 GiB

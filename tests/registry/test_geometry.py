@@ -60,7 +60,7 @@ def test_a_name_that_is_none_of_the_models_counts_as_the_largest_matrix() -> Non
 
 def test_the_language_model_within_a_vision_model_is_found_and_its_tower_counted() -> None:
     shape = geometry_of({"model_type": "llava", "text_config": LLAMA,
-                         "vision_config": {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096}})  # fmt: skip
+                         "vision_config": {"hidden_size": 1024, "depth": 24, "intermediate_size": 4096}})  # fmt: skip
     assert shape.hidden == 4096
     assert shape.vision == pytest.approx(302e6, rel=0.01)
     assert shape.parameters == KNOWN["llama-3.1-8b"].parameters + shape.vision

@@ -81,10 +81,11 @@ def test_a_knob_that_is_said_to_suffice_does(model: str, card: str, train: dict[
     for number, knob in enumerate(verdict.knobs):
         then = plan_training(turned(given, verdict, number), place)
         assert then.fits == knob.then_fits, knob.text
-        saved = verdict.memory.total - then.memory.total  # of a shorter limit more, as no row may be just as long
-        assert saved == pytest.approx(knob.saves_bytes, abs=2) or (
-            "max_length" in knob.change and saved > knob.saves_bytes
-        )
+        saved = verdict.memory.total - then.memory.total
+        if "max_length" in knob.change:  # no row may be just as long as that
+            assert saved >= knob.saves_bytes
+        else:
+            assert saved == pytest.approx(knob.saves_bytes, abs=2)
 
 
 def test_knobs_that_suffice_come_first_and_useless_ones_not_at_all() -> None:
@@ -106,10 +107,8 @@ def test_the_longest_row_that_there_is_counts_and_not_the_longest_that_may_be() 
     assert short.fits
     assert short.memory.total < plan_training(wish(batch=8), on("RTX 4070 SUPER")).memory.total
     assert short.usual_memory == short.memory.total
-    assert (
-        plan_training(wish(batch=8), on("RTX 4090")).usual_memory
-        < plan_training(wish(batch=8), on("RTX 4090")).memory.total
-    )
+    mixed = plan_training(wish(batch=8), on("RTX 4090"))
+    assert mixed.usual_memory < mixed.memory.total
 
 
 def test_rows_that_the_trainer_would_refuse_are_told_and_not_planned() -> None:
@@ -137,9 +136,8 @@ def test_money_is_price_times_time_and_nothing_without_a_price() -> None:
     assert verdict.usd.mid == pytest.approx(verdict.seconds.mid / 3600 * 0.40)
     assert verdict.seconds.low < verdict.seconds.mid < verdict.seconds.high
     assert plan_training(wish(batch=8), on("NVIDIA A40")).usd is None
-    assert (
-        plan_training(wish(batch=8), replace(place, start=Interval(0, 0, 0))).seconds.mid == verdict.seconds.mid - 120
-    )
+    started = plan_training(wish(batch=8), replace(place, start=Interval(0, 0, 0)))
+    assert started.seconds.mid == verdict.seconds.mid - 120
 
 
 def test_the_batch_is_the_fastest_that_fits_and_its_effective_batch_exact() -> None:
@@ -207,12 +205,12 @@ def test_a_run_of_another_model_says_less_than_one_of_the_same() -> None:
 @given(
     model=st.sampled_from(sorted(KNOWN)), card=st.sampled_from([each.name for each in PROFILES if not each.is_cpu]),
     effective=st.integers(1, 64), quantize=st.sampled_from(["nf4", "none"]), checkpointing=st.booleans(),
-    lengths=st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 500)), min_size=1, max_size=6, unique_by=lambda x: x[0]),
+    lengths=st.dictionaries(st.integers(1, 4096), st.integers(1, 500), min_size=1, max_size=6),
 )  # fmt: skip
 def test_any_plan_keeps_the_effective_batch_and_never_fits_beyond_the_card(
-    model: str, card: str, effective: int, quantize: str, checkpointing: bool, lengths: list[tuple[int, int]]
+    model: str, card: str, effective: int, quantize: str, checkpointing: bool, lengths: dict[int, int]
 ) -> None:
-    given = wish(model, tuple(sorted(lengths)), batch="auto", effective_batch=effective, quantize=quantize,
+    given = wish(model, tuple(sorted(lengths.items())), batch="auto", effective_batch=effective, quantize=quantize,
                  checkpointing=checkpointing)  # fmt: skip
     place = on(card, usd_per_hour=1.0)
     verdict = plan_training(given, place)
