@@ -50,6 +50,7 @@ T = TypeVar("T")
 
 def main() -> None:
     remote = job_of_pod()
+    _use_writable_cache()
     reason = PodJob(remote, JobFolder(Path.cwd() / "jobs" / remote.job_id), _limits()).do()
     print(f"pod: the end: {reason}", flush=True)
     end_pod(*(os.environ.get(name, "") for name in ("FT_RUNPOD_URL", "RUNPOD_POD_ID", "RUNPOD_API_KEY")))
@@ -260,6 +261,18 @@ def _bring(project: Project, base: BaseModel, wanted: Base) -> None:
 def _trainer_env() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "RUNPOD_API_KEY"}
     return {"OMP_WAIT_POLICY": "PASSIVE", **kept, **IN_BUCKET, "PYTHONUNBUFFERED": "1"}
+
+
+def _use_writable_cache() -> None:
+    """A network volume may belong to root, which we are not: then the base model is fetched to the pod's own disk."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        if os.access(cache_folder(), os.W_OK):
+            return
+    except OSError as error:
+        print(f"pod: {error}", flush=True)
+    print(f"pod: {cache_folder()} cannot be written; base models go to {Path.cwd() / 'cache'}", flush=True)
+    os.environ["FT_CACHE"] = str(Path.cwd() / "cache")
 
 
 def _limits() -> Limits:

@@ -121,7 +121,7 @@ def _until(met: Callable[[], object], trainer: Trainer) -> None:
     end = time.monotonic() + LIMIT_SECONDS
     while not met() and trainer.process.poll() is None:
         assert time.monotonic() < end, trainer.log.read_text()
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _leases(made: BucketJob) -> Iterator[set[tuple[int, str]]]:
             seen.add((held.lease.epoch, held.lease.result))
 
     def watch() -> None:
-        while not over.wait(0.02):
+        while not over.wait(0.05):
             look()
 
     thread = threading.Thread(target=watch)

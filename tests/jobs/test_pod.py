@@ -339,8 +339,16 @@ def test_a_process_that_waits_is_idle_and_one_that_computes_is_not() -> None:
     assert usage.idle() == 978.0
 
 
-def test_a_pods_trainer_does_not_get_the_key_that_ends_pods(field: Field, tmp_path: Path) -> None:
+def test_a_pods_trainer_does_not_get_the_key_that_ends_pods(field: Field) -> None:
     field.permit()
     field.until_gone(field.rent(FT_TRAINER="python -c 'import os; print(*sorted(os.environ))'"))
     assert "FT_CLAIMS" in field.log()
     assert "RUNPOD_API_KEY" not in field.log()
+
+
+def test_a_volume_that_cannot_be_written_is_done_without(field: Field, tmp_path: Path) -> None:
+    (tmp_path / "volume").touch()
+    field.permit()
+    said = field.until_gone(field.rent(FT_CACHE=str(tmp_path / "volume" / "cache")))
+    assert "cannot be written; base models go to" in said
+    assert "the end: the job is done" in said
