@@ -84,7 +84,7 @@ def _words(found: Forecast, cap: float | None) -> list[str]:
         f"{found.month} will have cost about ${found.usd:.2f}" + (f" of ${cap:.2f}" if cap else ""),
         f"  ${found.spent_usd:.2f} up to now",
         f"  ${found.running_usd:.2f} for what is rented, until its permits end",
-        f"  ${trend:.2f} for {found.days_left:.1f} more days as the last 30 were (${found.trend_usd_per_day:.2f} a day)",
+        f"  ${trend:.2f} for {found.days_left:.1f} more days like the last 30 (${found.trend_usd_per_day:.2f} a day)",
     ]
     if cap and found.usd > cap:
         said.append("that is more than `budgets.month_usd` allows: runs will be refused before the month ends")

@@ -36,7 +36,9 @@ BILL_SECONDS = 300.0
 FINAL_SECONDS, UNBILLED_SECONDS = 3 * 3600.0, 7 * 86400.0
 LONGEST_PAUSE = 60.0
 STUCK_AFTER, TELL_STUCK_SECONDS = 3, 3600.0
-PATIENCE_SECONDS, SAY_SECONDS = 5.0, 300.0
+SAY_SECONDS = 300.0
+# A look may not last: what outlives its reservation is to be ended within a minute, also when RunPod hangs.
+PATIENCE_SECONDS, TIMEOUT_SECONDS = 5.0, 15.0
 T = TypeVar("T")
 
 
@@ -83,7 +85,7 @@ class Reaper:
         if dry_run:
             return acts
         for pod in pods or []:
-            ledger.note_pod(self.store, pod.name, pod.id, _price(pod, look), min(pod.created or look.now, look.now))
+            ledger.note_pod(self.store, pod.name, pod.id, _price(pod, look), _created(pod, look))
         self._tries = {pod: each for pod, each in self._tries.items() if look.is_listed(pod) or pod in look.rented}
         return [act for act in acts if self._survive(partial(self._apply, act, look)) is True]
 
@@ -149,8 +151,7 @@ class Reaper:
         match act.kind:
             case "adopt":
                 pod = next(each for each in look.pods or [] if each.id == act.pod)
-                return ledger.note_live(self.store, act.name, pod.id, pod.usd_per_hour, created=pod.created,
-                                        adopted=True) is not None  # fmt: skip
+                return ledger.note_live(self.store, act.name, pod.id, pod.usd_per_hour, adopted=True) is not None
             case "want_ended":
                 done = ledger.want_ended(self.store, act.name, act.reason)
                 return self._end(act) if act.pod else done
@@ -236,7 +237,7 @@ def job_wants(store: Store, job: str) -> bool:
 def keep_reaped(store: Store, settings: Settings) -> None:
     """The reaper in a thread of the worker. Returns at once where there is no key."""
     try:
-        with open_runpod(settings, patience_s=PATIENCE_SECONDS) as cloud:
+        with open_runpod(settings, patience_s=PATIENCE_SECONDS, timeout_s=TIMEOUT_SECONDS) as cloud:
             Reaper(store, cloud, settings.budgets, settings.settle_seconds).run()
     except WrongKey:
         return
@@ -249,7 +250,7 @@ def main() -> None:
     try:
         project = find_project()
         store, settings = open_store(project), load_settings(project)
-        with open_runpod(settings, patience_s=PATIENCE_SECONDS) as cloud:
+        with open_runpod(settings, patience_s=PATIENCE_SECONDS, timeout_s=TIMEOUT_SECONDS) as cloud:
             Reaper(store, cloud, settings.budgets, settings.settle_seconds, asked.final_seconds).run()
     except FtError as error:
         print(error, file=sys.stderr, flush=True)
@@ -264,6 +265,12 @@ def _price(pod: Pod, look: Look) -> float:
     if rental is None:
         return pod.usd_per_hour
     return pod.usd_per_hour + rental.disk_usd_per_hour if pod.usd_per_hour else rental.usd_per_hour
+
+
+def _created(pod: Pod, look: Look) -> float:
+    """RunPod's clock may be another than ours; before it was intended there was no pod."""
+    rental = look.rentals.get(pod.name)
+    return min(max(pod.created or look.now, rental.intended if rental else 0.0), look.now)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def _look_for(renting: _Renting, name: str, patience: float) -> list[Pod] | None
 
 
 def _adopt(renting: _Renting, rental: Rental, found: list[Pod]) -> Rental | None:
-    taken = _take(renting, rental.name, found[0], found[0].created, adopted=True)
+    taken = _take(renting, rental.name, found[0], None, adopted=True)
     for twin in found[1:]:
         ledger.note_pod(renting.store, rental.name, twin.id, twin.usd_per_hour, twin.created or time.time())
         end_pod(renting.store, renting.cloud, twin.id)

@@ -105,15 +105,16 @@ def note_live(
 ) -> Rental | None:
     """The pod is there and is the rental's; None if somebody else has settled the rental otherwise.
 
-    A price above what was allowed makes it `ending` at once: the pod must be terminated then.
+    `created` is when RunPod was asked for it; a pod that was found counts from when it was intended. A price above what
+    was allowed makes the rental `ending` at once: the pod must be terminated then.
     """
     now = time.time()
     with store.writing() as connection:
         row = connection.execute("SELECT * FROM rentals WHERE name = ?", (name,)).fetchone()
         rental = rental_of(dict(row)) if row else None
-        # RunPod says 0 of a pod that stands still, and its clock may be another than ours.
+        # RunPod says 0 of a pod that stands still.
         whole = (usd_per_hour + rental.disk_usd_per_hour if usd_per_hour else rental.usd_per_hour) if rental else 0.0
-        created = min(max(created or now, rental.intended if rental else 0.0), now)
+        created = min(created or (rental.intended if rental else now), now)
         _note_pod(connection, name, pod, whole or usd_per_hour, created)
         if rental is None or (rental.state, rental.pod) == ("live", pod):
             return rental

@@ -36,10 +36,10 @@ __all__ = ["Endpoint", "EndpointOrder", "GpuOffer", "LogLine", "Pod", "PodOrder"
 T = TypeVar("T")
 
 
-def open_runpod(settings: Settings, *, patience_s: float = 60.0) -> RunPod:
+def open_runpod(settings: Settings, *, patience_s: float = 60.0, timeout_s: float = 60.0) -> RunPod:
     """Raises WrongKey if there is no key. Close it, or use it in a `with`."""
     key = settings.runpod_api_key or os.environ.get("RUNPOD_API_KEY", "")
-    return RunPod(settings.runpod_url, key, patience_s=patience_s)
+    return RunPod(settings.runpod_url, key, patience_s=patience_s, timeout_s=timeout_s)
 
 
 class RunPod:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +18,14 @@ from registry.cloud_terms import Budgets
 from registry.errors import CloudError
 from registry.events import read
 from registry.ledger import Intent
+from registry.project import Project
 from registry.rentals import Rental, State, get, installation, pod_name, rented_pods
-from registry.runpod_shapes import Pod
+from registry.runpod_api import RunPod
+from registry.runpod_shapes import Pod, PodOrder
 from registry.spending import job_usd
 from registry.store import Store
+from tests.conftest import run_bounded, started
+from tests.fakes.runpod.started import standin
 from tests.fakes.scripted_cloud import ScriptedCloud
 
 BUDGETS = Budgets(run_usd=5)
@@ -279,3 +285,67 @@ def test_a_pod_that_is_listed_as_terminated_is_on_the_books(store: Store) -> Non
     reaper(store, cloud).look()
     assert [each.pod for each in rented_pods(store)] == [dead.id]
     assert "terminate" not in " ".join(cloud.calls)
+
+
+SLEEP = f"{sys.executable} -c 'import time; time.sleep(600)'"
+
+
+def test_a_worker_stays_until_what_is_rented_is_really_gone(project: Project, store: Store, tmp_path: Path) -> None:
+    """Its reaper is the one who tries again and again."""
+    refusals = {"fault": "error", "match": "DELETE *", "times": 3}
+    with standin(tmp_path / "runpod", rules=[refusals]) as cloud:
+        intent = Intent("job", "tickets", "support", "NVIDIA A40", "secure", 0.5)
+        rental = ledger.intend(store, intent, BUDGETS)
+        with RunPod(cloud.url, cloud.key) as runpod:
+            made = runpod.create(PodOrder(rental.name, "ft", "NVIDIA A40", "secure", {}, SLEEP, 20))
+        ledger.note_live(store, rental.name, made.id, made.usd_per_hour)
+        ledger.want_ended(store, rental.name, "its job is done")
+        environment = {**cloud.environment, "FT_WORKER_IDLE_SECONDS": "0.5", "FT_SETTLE_SECONDS": "1"}
+        done = run_bounded([sys.executable, "-m", "jobs.worker"], 120, env=environment, cwd=project.root)
+        assert done.returncode == 0, done.stderr
+        assert not cloud.alive()
+    assert get(store, rental.name).state == "ended"
+
+
+RENT = """
+import sys
+from jobs.rent import Offer, Wish, rent
+from registry.cloud_terms import Budgets
+from registry.project import find_project
+from registry.runpod_api import open_runpod
+from registry.runpod_shapes import PodOrder
+from registry.settings import load_settings
+from registry.store import open_store
+
+project = find_project()
+wish = Wish(sys.argv[1], "tickets", "m", (Offer("NVIDIA A40", "secure", 0.4),), Budgets(run_usd=5), 2.0)
+order = lambda rental: PodOrder(rental.name, "ft", rental.gpu, rental.cloud, {}, sys.argv[2], 20)
+with open_runpod(load_settings(project)) as cloud:
+    print(rent(open_store(project), cloud, wish, order, settle_seconds=1.5).pod)
+"""
+
+
+@pytest.mark.parametrize("fault", ["timeout", "timeout_after"])
+def test_killed_while_runpod_creates_it_finds_the_pod_or_makes_one(
+    project: Project, store: Store, tmp_path: Path, fault: str
+) -> None:
+    """A real process, kill -9; its create was done or not, nobody was told."""
+    job = a_run(store)
+    command = [sys.executable, "-c", RENT, job, SLEEP]
+    slow = {"fault": fault, "match": "POST /v2/pods", "times": 1, "seconds": 30}
+    with standin(tmp_path / "runpod", rules=[slow]) as cloud:
+        with started(command, env=cloud.environment, cwd=project.root) as process:
+            cloud.until(lambda truth: any(each["fired"] for each in truth["faults"]), 40)
+            process.kill()
+        cloud.faults()
+        done = run_bounded(command, 60, env=cloud.environment, cwd=project.root)
+        assert done.returncode == 0, done.stderr
+        with RunPod(cloud.url, cloud.key) as runpod:
+            reaper_ = Reaper(store, runpod, BUDGETS, 0.5)
+            for _ in range(3):
+                reaper_.look()
+                time.sleep(0.5)
+        alive = cloud.alive()
+    assert [each["id"] for each in alive] == [done.stdout.strip()]
+    expected = 1 if fault == "timeout_after" else 2
+    assert alive[0]["name"] == pod_name(store, job, expected)
