@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from registry.errors import Trouble, WrongInput
 from registry.file_locks import alone, is_held, open_lock, try_exclusive
+from registry.host_name import host_name
 from registry.project import Project, cache_folder
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def list_cards() -> list[Card]:
 
 
 def as_set(cards: Sequence[Card], settings: Mapping[str, CardSetting]) -> list[Card]:
-    """The cards with what ft.yaml says of them. Pure."""
+    """This host's cards with what ft.yaml says of them."""
     return [_with(card, _setting(card, settings)) for card in cards]
 
 
@@ -203,8 +204,9 @@ def _with(card: Card, setting: CardSetting | None) -> Card:
 
 
 def _setting(card: Card, settings: Mapping[str, CardSetting]) -> CardSetting | None:
-    """By its name, as recipes may write it too: cuda-0, cuda:0."""
-    return next((each for name, each in settings.items() if name.replace(":", "-") == card.name), None)
+    """By its name, as recipes may write it too: desk/cuda-0, which comes before others, cuda-0, cuda:0."""
+    named = {name.replace(":", "-"): each for name, each in settings.items()}
+    return named.get(f"{host_name()}/{card.name}") or named.get(card.name)
 
 
 def _try_lock(project: Project, card: Card, name: str, text: str) -> CardLock | None:

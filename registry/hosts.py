@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from registry.cards import Card, as_set, list_cards, pick_card
 from registry.errors import WrongInput
 from registry.events import append_within, new_event
+from registry.host_name import host_name
 from registry.store import Store, dump
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ class Pulse:
 
 def host_id() -> str:
     """This machine's name in queues and rows: `FT_HOST`, or its hostname."""
-    name = os.environ.get("FT_HOST") or socket.gethostname()
-    return "".join(each if each.isascii() and each.isalnum() else "-" for each in name.lower()) or "host"
+    return host_name()
 
 
 def served_cards(settings: Mapping[str, CardSetting] = AS_THEY_ARE) -> list[Card]:

@@ -237,6 +237,15 @@ def test_what_ft_yaml_says_of_a_card_is_kept_to(setting: CardSetting, free: floa
     assert as_set([DESK], {"cuda-1": setting}) == [DESK]
 
 
+def test_hosts_that_share_an_ft_yaml_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_HOST", "attic")
+    both = {"attic/cuda:0": CardSetting(memory_gb=3), "cuda-0": CardSetting(memory_gb=5)}
+    assert as_set([DESK], both)[0].free == 3 * GIB
+    monkeypatch.setenv("FT_HOST", "desk")
+    assert as_set([DESK], both)[0].free == 5 * GIB
+    assert as_set([DESK], {"attic/cuda:0": CardSetting(memory_gb=3)}) == [DESK]
+
+
 def test_a_card_can_be_taken_for_another_one() -> None:
     [card] = as_set([DESK], {"cuda-0": CardSetting(profile="RTX 4070 SUPER", serve="share")})
     assert (card.known_as, card.title, card.serve) == ("RTX 4070 SUPER", DESK.title, "share")
