@@ -34,13 +34,16 @@ def cards(context: typer.Context, as_json: Annotated[bool, JSON] = False) -> Non
     from registry.store import open_store
 
     project = find_project()
-    found = list(_lines(project, open_store(project), load_settings(project).cards))
+    settings = load_settings(project).cards
+    found = list(_lines(project, open_store(project), settings))
     if as_json:
         print_json(found)
         return
     rows = [[each["card"], each["title"], _gib(each["memory"]), _gib(each["taken"]), each["serve"], each["state"],
              ", ".join(each["running"]), ", ".join(each["waiting"])] for each in found]  # fmt: skip
     table(["card", "", "memory", "taken", "serving", "state", "runs", "waiting"], rows)
+    if strange := _strange(settings, [each["card"] for each in found]):
+        say(f"ft.yaml says something of {', '.join(strange)}, and there is no such card")
     if not any(each["worker"] for each in found):
         say("no worker is on; `ft run` starts one, `ft worker` keeps one")
 
@@ -79,6 +82,12 @@ def _change(card: str, change: Any, done: str, not_so: str, as_json: bool) -> No
     if not change(store, place, user_name()):
         raise Conflict(f"{place.name} {not_so}", fix="`ft cards` shows all")
     print_json({"card": place.name, "state": done}) if as_json else say(f"{place.name}: {done}")
+
+
+def _strange(settings: Mapping[str, CardSetting], names: list[str]) -> list[str]:
+    """Cards of ft.yaml that no host has, by its name or with its host's."""
+    known = {*names, *(name.partition("/")[2] for name in names)}
+    return [name for name in settings if name.replace(":", "-") not in known]
 
 
 def _lines(project: Project, store: Store, settings: Mapping[str, CardSetting]) -> Any:
