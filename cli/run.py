@@ -75,10 +75,13 @@ def _show_what_it_costs(project: Project, store: Store, recipe: Recipe, *, yes: 
     from registry.settings import load_settings
 
     settings = load_settings(project)
+    if recipe.card == "runpod":
+        check_cloud(settings, recipe)
     placed = place(project, store, settings, recipe)
     if placed.rent is None or placed.judged is None:
         return
-    check_cloud(settings, recipe)
+    if recipe.card != "runpod":
+        check_cloud(settings, recipe)
     verdict, here = placed.judged.verdict, placed.judged.candidate
     assert verdict.usd is not None
     if not quiet:

@@ -8,6 +8,7 @@ from contextlib import closing
 from jobs.pod_env import pod_bucket
 from registry.bucket import open_bucket
 from registry.budgets import run_cap
+from registry.cloud_terms import CloudTerms
 from registry.errors import MissingPart, RecipeError
 from registry.recipe import Finetune
 from registry.runpod_api import open_runpod
@@ -23,17 +24,23 @@ def check_cloud(settings: Settings, recipe: Finetune) -> None:
     """
     assert recipe.cloud is not None
     run_cap(recipe.budget.max_usd, settings.budgets, recipe.name)
-    if not (recipe.cloud.image or settings.runpod_image):
-        raise MissingPart(
-            "no image for pods is named", place="runpod_image",
-            fix="build and push jobs/image/Dockerfile (docs/cloud.md), then set FT_RUNPOD_IMAGE in .env",
-        )  # fmt: skip
+    pod_image(settings, recipe.cloud)
     with open_runpod(settings, patience_s=PATIENCE_SECONDS) as cloud:
         _check_names(recipe, [each.id for each in cloud.gpus()])
     with closing(open_bucket(settings)) as ours:
         ours.check()
     with closing(pod_bucket(settings)) as theirs:
         theirs.check()
+
+
+def pod_image(settings: Settings, terms: CloudTerms) -> str:
+    """The image that a pod starts. Raises MissingPart."""
+    if image := terms.image or settings.runpod_image:
+        return image
+    raise MissingPart(
+        "no image for pods is named", place="runpod_image",
+        fix="build and push jobs/image/Dockerfile (docs/cloud.md), then set FT_RUNPOD_IMAGE in .env",
+    )  # fmt: skip
 
 
 def _check_names(recipe: Finetune, there: list[str]) -> None:

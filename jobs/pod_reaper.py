@@ -13,11 +13,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from jobs.reap_decision import Act, Look, decide
 from jobs.rent import Cloud
-from registry import ledger
+from registry import endpoints, ledger
 from registry.cloud_terms import Budgets
 from registry.errors import CloudError, FtError, NotFound, WrongKey
 from registry.events import append, new_event, newest
@@ -42,6 +42,12 @@ PATIENCE_SECONDS, TIMEOUT_SECONDS = 5.0, 15.0
 T = TypeVar("T")
 
 
+class BillingCloud(Cloud, Protocol):
+    """It knows the bills of serverless endpoints too."""
+
+    def endpoint_billing(self, since: float | None = None, endpoint: str | None = None) -> dict[str, float]: ...
+
+
 @dataclass
 class _Tries:
     """At ending one pod: how many did not work, why, and when the next is due (monotonic)."""
@@ -56,7 +62,7 @@ class Reaper:
     """One who looks again and again; what it remembers of earlier looks only makes it wait, never end anything."""
 
     store: Store
-    cloud: Cloud
+    cloud: BillingCloud
     budgets: Budgets
     settle_seconds: float
     final_seconds: float = FINAL_SECONDS
@@ -94,6 +100,7 @@ class Reaper:
         if not at_once and time.monotonic() - self._billed_at < BILL_SECONDS:
             return
         self._billed_at, now = time.monotonic(), time.time()
+        self._bill_endpoints(now)
         open_ = [each for each in rented_pods(self.store, since=now - UNBILLED_SECONDS) if not each.final]
         if not open_:
             return
@@ -103,6 +110,13 @@ class Reaper:
                 final = each.ended is not None and now - each.ended >= self.final_seconds
                 ledger.note_billed(self.store, each.pod, billed[each.pod], final=final)
         self._look_at_unknown(set(billed) - {each.pod for each in rented_pods(self.store)})
+
+    def _bill_endpoints(self, now: float) -> None:
+        """They count in the budgets of the day and the month."""
+        rows = self.store.read("SELECT min(created) AS first FROM endpoints WHERE ended IS NULL OR ended >= ?",
+                               (now - UNBILLED_SECONDS,))  # fmt: skip
+        if rows[0]["first"] is not None:
+            endpoints.note_billed(self.store, self.cloud.endpoint_billing(rows[0]["first"] - 86400))
 
     def _listed(self) -> list[Pod] | None:
         """Pods with a name of ours that may cost; None without a list: what is overdue is ended all the same."""

@@ -280,6 +280,9 @@ def _refuse_nowhere(recipe: Recipe, judged: Sequence[Judged]) -> None:
 def _refusal(recipe: Recipe, allowed: Sequence[Judged], judged: Sequence[Judged]) -> DoesNotFit:
     lines = [f"{each.candidate.name}: {_why(each)}" for each in allowed]
     lines += [f"{each.candidate.name}: {NO_PRICE}" for each in judged if each.candidate.why_not == NO_PRICE]
+    named = recipe.cloud.gpus if recipe.cloud else []
+    lines += [f"{each.candidate.name}: {each.candidate.why_not}" for each in judged if each.candidate.gpu in named
+              and each.candidate.why_not not in ("", NO_PRICE)]  # fmt: skip
     lines = lines or ["it allows none that is there"]
     return DoesNotFit(
         f"{recipe.base.model} fits on no card that the recipe allows\n" + "\n".join(lines),

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.pod_env import pod_env
+from jobs.cloud_checks import pod_image
+from jobs.pod_env import pod_bucket, pod_env
 from jobs.rent import Cloud, Offer, Wish, end_rental, rent
 from jobs.targets.target import Poll
 from registry.bucket import Bucket
@@ -70,6 +71,9 @@ class RunPodPod:
         remote.pull(job)
         if _is_done(job) or self._live(job):
             return False
+        # An event starts runs without `ft run` and its checks.
+        pod_image(self.settings, self.rent.terms)
+        pod_bucket(self.settings).close()
         self.bucket.check()
         remote.push(job, self.rent.base)
         rent(self.store, self.cloud, self._wish(job), self._order(job), settle_seconds=self.settings.settle_seconds)
@@ -199,7 +203,7 @@ class _OrderOf:
         _write_permit(self.target.store, JobBucket(self.target.bucket, self.job.name), rental)
         token = {"HF_TOKEN": self.target.rent.token} if self.target.rent.token else {}
         return PodOrder(
-            name=rental.name, image=terms.image or settings.runpod_image, gpu=rental.gpu, cloud=rental.cloud,
+            name=rental.name, image=pod_image(settings, terms), gpu=rental.gpu, cloud=rental.cloud,
             env={**pod_env(settings, self.job.name, rental.attempt), **token}, args=self.target.command,
             disk_gb=terms.disk_gb, data_centers=tuple(terms.data_centers), network_volume=terms.network_volume,
         )  # fmt: skip

@@ -82,6 +82,7 @@ def _rehearse(
     common = {
         "output_dir": str(folder), "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0,
         "per_device_train_batch_size": len(worst), "gradient_accumulation_steps": batches, "eval_strategy": "no",
+        "train_sampling_strategy": "sequential",
     }  # fmt: skip
     trainer = make(worst_rows, worst_evals, _Watch(task), **common, max_steps=1, save_steps=1)
     trainer.train()

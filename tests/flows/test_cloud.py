@@ -85,16 +85,15 @@ BAD: list[tuple[dict[str, Any], dict[str, str], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "environment", "code", "message"), BAD, ids=[each[3] for each in BAD])
 def test_what_is_wrong_is_said_before_money_is_spent(
-    keys: dict[str, Any], environment: dict[str, str], code: int, message: str, tiny: Tiny, cloud: Standin,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    write(tiny, **keys)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    said = tiny.person.ft("run", "recipes/m.yaml", "--yes", exits=code)
-    assert message in said, said
+    tiny: Tiny, cloud: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for keys, environment, code, message in BAD:
+        write(tiny, **keys)
+        with monkeypatch.context() as changed:
+            for name, value in environment.items():
+                changed.setenv(name, value)
+            assert message in tiny.person.ft("run", "recipes/m.yaml", "--yes", exits=code)
     assert cloud.truth()["pods"] == []
     assert rentals(tiny.store) == []
 
