@@ -92,15 +92,23 @@ def tell_refusal(store: Store, job: str, refused: Refused, now: float) -> None:
 
 
 def book(rows: Rows, now: float, job: str = "") -> tuple[list[RentedPod], list[Reservation]]:
-    """The pods of this month and those of the job, and what open rentals may still cost.
+    """The pods (and endpoints) of this month and the pods of the job, and what open rentals may still cost.
 
     `rows` reads: `store.read`, or `connection.execute` inside a transaction.
     """
     month = decide.start_of("month", now)
     found = rows(f"{POD_ROWS} WHERE p.ended IS NULL OR p.ended >= ? OR r.job = ?", (month, job))
-    pods = [pod_of(dict(row)) for row in found]
+    pods = [pod_of(dict(row)) for row in found] + _endpoints(rows, month)
     open_ = [rental_of(dict(row)) for row in rows(f"SELECT * FROM rentals WHERE {OPEN}", ())]
     return pods, [_held(each, pods, now) for each in open_]
+
+
+def _endpoints(rows: Rows, month: float) -> list[RentedPod]:
+    """Serverless endpoints count in the day and the month as well: what RunPod billed, spread over their life."""
+    found = rows("SELECT * FROM endpoints WHERE ended IS NULL OR ended >= ?", (month,))
+    return [
+        RentedPod(row["id"], row["name"], 0.0, row["created"], row["ended"], row["billed_usd"], True) for row in found
+    ]
 
 
 def _held(rental: Rental, pods: Iterable[RentedPod], now: float) -> Reservation:

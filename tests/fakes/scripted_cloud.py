@@ -26,6 +26,7 @@ class ScriptedCloud:
     living: dict[str, Pod] = field(default_factory=dict)
     gone: dict[str, Pod] = field(default_factory=dict)
     bill: dict[str, float] = field(default_factory=dict)
+    endpoint_bill: dict[str, float] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     orders: list[PodOrder] = field(default_factory=list)
     _since: dict[str, float] = field(default_factory=dict)
@@ -60,6 +61,10 @@ class ScriptedCloud:
     def billing(self, since: float | None = None, pod: str | None = None) -> dict[str, float]:
         self._begin("billing")
         return {id_: usd for id_, usd in self.bill.items() if pod in (None, id_)}
+
+    def endpoint_billing(self, since: float | None = None, endpoint: str | None = None) -> dict[str, float]:
+        self._begin("endpoint_billing")
+        return dict(self.endpoint_bill)
 
     def start(self, name: str, price: float = 0.5, gpu: str = "NVIDIA A40", created: float | None = None) -> Pod:
         """A pod comes to be, whoever wanted it."""

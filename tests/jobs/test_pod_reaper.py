@@ -15,7 +15,7 @@ from jobs.reap_decision import Act, Look, decide
 from registry import ledger, runs
 from registry.budgets import RentedPod
 from registry.cloud_terms import Budgets
-from registry.errors import CloudError
+from registry.errors import BudgetError, CloudError
 from registry.events import read
 from registry.ledger import Intent
 from registry.project import Project
@@ -250,6 +250,17 @@ def test_a_pod_of_ours_that_only_the_bill_knows_gets_its_row(store: Store) -> No
     look.bill(at_once=True)
     assert {each.pod for each in rented_pods(store)} == {"pod1", unseen.id}
     assert cloud.calls.count("pod") == 2, "the other one is not asked for again"
+
+
+def test_what_endpoints_cost_counts_in_the_month(store: Store) -> None:
+    store.note(
+        "INSERT INTO endpoints (id, name, model, version, created, body) VALUES ('e1', 'e', 'm', 1, ?, '{}')",
+        (time.time() - 1,),
+    )
+    cloud, month = ScriptedCloud(endpoint_bill={"e1": 4.5, "other": 9.0}), Budgets(run_usd=5, month_usd=9)
+    reaper(store, cloud).bill(at_once=True)
+    with pytest.raises(BudgetError, match="month"):
+        ledger.intend(store, Intent("job", "r", "m", "NVIDIA A40", "secure", 0.5), month)
 
 
 def test_it_goes_on_whatever_happens(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
