@@ -22,7 +22,7 @@ from registry.settings import Settings
 
 CONNECT_SECONDS, READ_SECONDS = 4, 30
 PART = 16 << 20
-AT_ONCE = 8
+AT_ONCE = 10
 DELETED_AT_ONCE = 1000
 GONE = {"NoSuchKey", "404"}
 CHANGED = {"PreconditionFailed", "412", "ConditionalRequestConflict", *GONE}
@@ -140,15 +140,19 @@ class Bucket:
     def fetch(self, prefix: str, folder: Path, *, only: Iterable[str] | None = None) -> list[str]:
         """What lies below `prefix` into the folder; the names. A manifest last, as in `send`."""
         start = prefix.rstrip("/") + "/"
-        names = [each.key.removeprefix(start) for each in self.names(start)] if only is None else list(only)
-        for some in _manifests_last(sorted(names)):
+        known = {each.key.removeprefix(start): each for each in self.names(start)} if only is None else {}
+        names = sorted(known if only is None else only)
+        for some in _manifests_last(names):
             for name in some:
                 _inside(folder, name).parent.mkdir(parents=True, exist_ok=True)
             with self._transfers(f"cannot fetch {prefix}") as manager:
                 ended = [
-                    manager.download(self.name, f"{self.prefix}{start}{name}", str(_inside(folder, name)))
+                    manager.download(
+                        self.name, f"{self.prefix}{start}{name}", str(_inside(folder, name)),
+                        subscribers=[_Known(known[name])] if name in known else [],
+                    )
                     for name in some
-                ]
+                ]  # fmt: skip
                 _all(ended)
         return names
 
@@ -202,6 +206,17 @@ class Bucket:
             raise _refused(doing, code, str(error), self) from error
         except (BotoCoreError, Boto3Error, RetriesExceededError, ConnectionError) as error:
             raise _away(doing, error, self) from error
+
+
+class _Known:
+    """Tells a download what the listing said, so that it need not ask for each file's size first."""
+
+    def __init__(self, named: Named) -> None:
+        self.named = named
+
+    def on_queued(self, future: Any, **_: Any) -> None:
+        future.meta.provide_transfer_size(self.named.size)
+        future.meta.provide_object_etag(self.named.etag)
 
 
 CONDITIONS_FIX = (

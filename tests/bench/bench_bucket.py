@@ -39,10 +39,11 @@ def _measure(server: Any, folder: Path, rounds: int) -> dict[str, Any]:
     bucket, client = open_bucket(server.settings("bench")), server.client()
     rates: dict[str, list[float]] = {}
     size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+    ways = _ways(bucket, client, folder, folder.parent / "back")
     for turn in range(rounds):
-        ways = _ways(bucket, client, folder, folder.parent / "back")
         for way in random.Random(turn).sample(sorted(ways), len(ways)):
             there, back = ways[way]
+            _make_folders(folder, folder.parent / "back")
             for direction, carry in (("up", there), ("down", back)):
                 began = time.perf_counter()
                 carry()
@@ -57,8 +58,6 @@ def _ways(
     bucket: Bucket, client: Any, folder: Path, target: Path
 ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     names = [each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()]
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
 
     def put(name: str) -> None:
         client.upload_file(str(folder / name), JOBS, f"plain/{name}")
@@ -66,15 +65,25 @@ def _ways(
     def get(name: str) -> None:
         client.download_file(JOBS, f"plain/{name}", str(target / name))
 
+    def in_turn(carry: Callable[[str], None]) -> None:
+        for name in names:
+            carry(name)
+
     def at_once(carry: Callable[[str], None]) -> None:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(carry, names))
 
     return {
         "ours": (lambda: bucket.send(folder, "ours"), lambda: bucket.fetch("ours", target)),
-        "boto3": (lambda: [put(name) for name in names], lambda: [get(name) for name in names]),
+        "boto3": (lambda: in_turn(put), lambda: in_turn(get)),
         "boto3 at once": (lambda: at_once(put), lambda: at_once(get)),
     }
+
+
+def _make_folders(like: Path, target: Path) -> None:
+    for each in like.rglob("*"):
+        if each.is_dir():
+            (target / each.relative_to(like)).mkdir(parents=True, exist_ok=True)
 
 
 def _ratio(medians: dict[str, float], way: str) -> float:
@@ -83,8 +92,10 @@ def _ratio(medians: dict[str, float], way: str) -> float:
 
 def _job_folder(folder: Path, size: int) -> Path:
     """A checkpoint's few large files, an adapter, and the many small ones of data and progress."""
-    parts = {"checkpoints/0001-200/optimizer.pt": 0.5, "checkpoints/0001-200/adapter_model.safetensors": 0.25,
-             "adapter/adapter_model.safetensors": 0.2, **{f"data/part-{n:02d}.jsonl": 0.001 for n in range(50)}}  # fmt: skip
+    parts = {
+        "checkpoints/0001-200/optimizer.pt": 0.5, "checkpoints/0001-200/adapter_model.safetensors": 0.25,
+        "adapter/adapter_model.safetensors": 0.2, **{f"data/part-{n:02d}.jsonl": 0.001 for n in range(50)},
+    }  # fmt: skip
     for name, share in parts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(os.urandom(int(size * share)))
