@@ -91,14 +91,14 @@ def tell_refusal(store: Store, job: str, refused: Refused, now: float) -> None:
     append(store, new_event(BUDGETS, "budget.refused", job, data, key=key))
 
 
-def book(rows: Rows, now: float, job: str = "") -> tuple[list[RentedPod], list[Reservation]]:
+def book(rows: Rows, now: float, job: str = "", *, endpoints: bool = True) -> tuple[list[RentedPod], list[Reservation]]:
     """The pods (and endpoints) of this month and the pods of the job, and what open rentals may still cost.
 
     `rows` reads: `store.read`, or `connection.execute` inside a transaction.
     """
     month = decide.start_of("month", now)
     found = rows(f"{POD_ROWS} WHERE p.ended IS NULL OR p.ended >= ? OR r.job = ?", (month, job))
-    pods = [pod_of(dict(row)) for row in found] + _endpoints(rows, month)
+    pods = [pod_of(dict(row)) for row in found] + (_endpoints(rows, month) if endpoints else [])
     open_ = [rental_of(dict(row)) for row in rows(f"SELECT * FROM rentals WHERE {OPEN}", ())]
     return pods, [_held(each, pods, now) for each in open_]
 

@@ -26,7 +26,7 @@ def note_bills(store: Store, runpod: RunPod) -> dict[str, float]:
 def refuse_spent(store: Store, runpod: RunPod, settings: Settings) -> None:
     """Raises BudgetError when the day's or the month's budget is used up, by pods and endpoints together."""
     now = time.time()
-    for cap in budgets.period_caps(settings.budgets, *book(store.read, now), now):
+    for cap in budgets.period_caps(settings.budgets, *book(store.read, now, endpoints=False), now):
         used = cap.used_usd + _billed_since(store, runpod, budgets.start_of(cap.scope, now))
         if used >= cap.cap_usd:
             raise BudgetError(
