@@ -22,6 +22,7 @@ Query = dict[str, str | int]
 KEY_FIX = "set RUNPOD_API_KEY in .env to a key of your account that may write (RunPod's console, Settings, API keys)"
 SHORT_WAIT, LONG_WAIT = 0.2, 8.0
 LONGEST_TEXT = 500
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Calls:
@@ -31,10 +32,12 @@ class Calls:
         import httpx2
 
         self._key, self._patience_s = _usable(key), patience_s
+        address = _address(url)
         self._client = httpx2.Client(
-            base_url=url.rstrip("/"),
+            base_url=address,
             headers={"Authorization": f"Bearer {self._key}", "User-Agent": "ft", "Accept": "application/json"},
             timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10)),
+            trust_env=address.host not in LOOPBACK,  # a proxy for the internet does not reach this machine
         )
 
     def ask(
@@ -48,7 +51,7 @@ class Calls:
             try:
                 answer = self._client.request(method, path, params=params, json=body)
             except httpx2.RequestError as error:
-                if isinstance(error, httpx2.TransportError) and clock.wait(None):
+                if not isinstance(error, httpx2.LocalProtocolError) and clock.wait(None):
                     continue
                 raise self._unreachable(method, path, error) from None
             if (answer.status_code == 429 or answer.status_code >= 500) and clock.wait(_retry_after(answer)):
@@ -88,7 +91,7 @@ class Calls:
 
         try:
             return self._client.post(path, json=body)
-        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol) as error:
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.LocalProtocolError) as error:
             raise self._unreachable("POST", path, error) from None
         except httpx2.RequestError as error:
             raise _lost(path, f"no answer: {type(error).__name__}") from None
@@ -173,6 +176,19 @@ def _usable(key: str) -> str:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise WrongKey("the RunPod key has characters that no key has", place="RUNPOD_API_KEY", fix=KEY_FIX)
     return key
+
+
+def _address(url: str) -> httpx2.URL:
+    import httpx2
+
+    fix = "write it like https://api.runpod.io"
+    try:
+        found = httpx2.URL(url.rstrip("/"))
+    except httpx2.InvalidURL as error:
+        raise CloudError(f"no address: {error}", place="the setting `runpod_url`", fix=fix) from None
+    if found.scheme not in ("http", "https") or not found.host:
+        raise CloudError(f"no address: {url}", place="the setting `runpod_url`", fix=fix)
+    return found
 
 
 def _retry_after(answer: httpx2.Response) -> float | None:

@@ -327,6 +327,22 @@ def test_an_address_that_is_not_runpods_is_said_so(cloud: Standin) -> None:
             client.create(order())
 
 
+@pytest.mark.parametrize("url", ["", "api.runpod.io", "ftp://api.runpod.io", "http://", "http://[::", "https://a:b"])
+def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
+    with pytest.raises(CloudError, match="no address"):
+        RunPod(url, "rpa_x")
+
+
+def test_a_proxy_for_the_internet_is_not_asked_for_this_machine(
+    cloud: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{_closed_port()}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with RunPod(cloud.url, cloud.key, patience_s=0) as client:
+        assert client.pods() == []
+
+
 def test_an_endpoint_lives_from_order_to_bill(cloud: Standin, runpod: RunPod) -> None:
     wanted = EndpointOrder("support", "worker:1", ("AMPERE_48",), {"MODEL_NAME": "base"}, workers_max=2)
     made = runpod.create_endpoint(wanted)
