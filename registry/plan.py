@@ -24,9 +24,12 @@ __all__ = ["Knob", "Measured", "Place", "ServeWish", "Served", "Verdict", "Wish"
            "plan_training"]  # fmt: skip
 
 EFFECTIVE_BATCH = 16
-# Loading and quantizing the base: so many bytes of its 16-bit weights a second, from a disk that is not cold.
-LOADING = Interval(0.3e9, 0.8e9, 2.5e9)
+# Bytes of the base's 16-bit weights that are loaded and quantized in a second: from a disk, and again from its cache.
+LOADING, AGAIN = Interval(0.3e9, 0.8e9, 2.5e9), Interval(0.6e9, 1.5e9, 4e9)
 IMPORTS = Interval(15, 30, 60)
+# Beside its steps: the smoke's checkpoint, resume and evaluation; the fingerprint's answers, one token at a time.
+SMOKE, FINGERPRINT = Interval(2, 6, 20), Interval(5, 10, 30)
+SMOKE_STEPS = 6
 CHECKPOINT_SECONDS = Interval(0.3, 1.0, 4.0)
 
 
@@ -151,12 +154,14 @@ def _seconds(
     batch, accumulate = arranged
     training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
     step = step_time(wish.geometry, training, place.profile, _usual_length(wish, batch))
+    longest = step_time(wish.geometry, training, place.profile, wish.longest)
     evaluations = math.ceil(wish.train.epochs) if wish.evaluations is None else wish.evaluations
     # An evaluation is a forward pass: a third of a step with its recomputation.
     batches = steps * accumulate + evaluations * math.ceil(wish.eval_rows / batch) / 3
     busy = corrected.seconds(batches * step.total)
     checkpoints = CHECKPOINT_SECONDS.times(steps // wish.train.checkpoint_steps + 1)
-    return place.start + _loading(wish) + _smoke(wish, step.total) + busy + checkpoints, step.limit
+    smoke = SMOKE + corrected.seconds(SMOKE_STEPS * longest.total) if wish.train.smoke else Interval(0, 0, 0)
+    return place.start + _around(wish) + smoke + busy + checkpoints, step.limit
 
 
 def _usual_length(wish: Wish, batch: int) -> float:
@@ -165,16 +170,14 @@ def _usual_length(wish: Wish, batch: int) -> float:
     return padded_length(within, batch) or float(wish.longest)
 
 
-def _loading(wish: Wish) -> Interval:
-    weights = 2 * wish.geometry.parameters
-    return IMPORTS + Interval(weights / LOADING.high, weights / LOADING.mid, weights / LOADING.low)
+def _around(wish: Wish) -> Interval:
+    """Before and after the steps: imports, the base, and for the fingerprint the base again, in 4 and in 16 bits."""
+    weights, times = 2 * wish.geometry.parameters, 2 if wish.train.quantize == "nf4" else 1
+    return IMPORTS + _per(weights, LOADING) + _per(times * weights, AGAIN) + FINGERPRINT
 
 
-def _smoke(wish: Wish, step: float) -> Interval:
-    """The trial of the longest rows, a checkpoint, a resume and an evaluation before the run itself."""
-    if not wish.train.smoke:
-        return Interval(0, 0, 0)
-    return _loading(wish) + Interval(4 * step, 8 * step, 16 * step)
+def _per(amount: float, rate: Interval) -> Interval:
+    return Interval(amount / rate.high, amount / rate.mid, amount / rate.low)
 
 
 def _usd(place: Place, time: Interval) -> Interval | None:
