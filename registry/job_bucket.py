@@ -180,6 +180,10 @@ class JobBucket:
         """One part of the `progress` or the `log`; never changed once it is there."""
         self.bucket.put(f"{self.root}/{kind}/{name}", body)
 
+    def forget(self) -> None:
+        """Delete all of the job; what it shares with others (data, base models) stays."""
+        self.bucket.delete(self.root)
+
     def _swap(self, seen: Held | None, new: Lease) -> Held:
         """Write `new` over `seen`. An answer that got lost is no loss: our own lease is known by its owner."""
         body = json.dumps(asdict(new), sort_keys=True).encode()

@@ -19,7 +19,7 @@ class Line:
         self.target = (host, int(port))
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.lose = ""
+        self.lose, self.spared = "", -1
         self.down, self.hanging = threading.Event(), threading.Event()
         self.open: set[socket.socket] = set()
 
@@ -30,6 +30,10 @@ class Line:
     def lose_body(self) -> None:
         """The server gets the head of a request, and then nobody speaks any more."""
         self.lose = "body"
+
+    def cut_after(self, writes: int) -> None:
+        """Cut it when so many more requests that write have got their answers."""
+        self.spared = writes
 
     def cut(self) -> None:
         """From now on nobody is reached."""
@@ -65,12 +69,21 @@ class Line:
                 back = threading.Thread(target=self._carry_back, args=[far, near, losing], daemon=True)
                 back.start()
                 while some := near.recv(1 << 16):
+                    if self._is_last(some):
+                        self.cut()
+                        break
                     if self.lose and some.startswith(BEGINS):
                         losing[0], self.lose = self.lose, ""
                     while self.hanging.is_set():
                         time.sleep(0.05)
                     far.sendall(some)
                 self.open -= ends
+
+    def _is_last(self, some: bytes) -> bool:
+        if self.spared < 0 or not some.startswith(BEGINS):
+            return False
+        self.spared -= 1
+        return self.spared < 0
 
     def _carry_back(self, far: socket.socket, near: socket.socket, losing: list[str]) -> None:
         with suppress(OSError):

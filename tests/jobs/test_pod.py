@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from jobs.pod_env import pod_env
+from jobs.pod_env import IN_BUCKET, pod_env
 from jobs.pod_watchdog import Limits, Seen, Usage, Watchdog, why_end
+from jobs.trainer import Claim
 from registry.bucket import open_bucket
 from registry.errors import BucketError
 from registry.job_bucket import JobBucket, Permit
-from registry.job_folder import Held, Lease
+from registry.job_folder import Held, JobFolder, Lease
 from registry.runpod_api import RunPod
 from registry.runpod_shapes import PodOrder
 from registry.settings import Settings
@@ -274,6 +275,25 @@ def test_a_terminate_that_is_refused_or_without_effect_is_repeated(field: Field)
     said = field.until_gone(field.rent(), 60)
     assert "the end: there is no permit" in said
     assert len([each for each in field.cloud.truth()["requests"] if each["method"] == "POST"]) >= 4
+
+
+def test_a_trainer_stops_when_half_the_term_has_gone_without_a_renewal(
+    s3: WeedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with line_to(s3.url) as line:
+        settings = s3.settings(f"half/{tmp_path.name}", s3_endpoint=line.url)
+        for name, value in {**pod_env(settings, "job", 1), **IN_BUCKET, "FT_LEASE_SECONDS": "6"}.items():
+            monkeypatch.setenv(name, value)
+        claim = Claim(JobFolder(tmp_path))
+        with claim.kept():
+            time.sleep(2)
+            line.cut()
+            cut = time.monotonic()
+            while claim.stop_reason() is None:
+                assert time.monotonic() - cut < 30
+                time.sleep(0.05)
+            assert time.monotonic() - cut > 1.5
+            assert claim.stop_reason() == "the bucket was away for too long"
 
 
 # What the watchdog decides, from what it sees.

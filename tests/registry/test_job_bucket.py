@@ -134,6 +134,35 @@ def test_a_write_whose_answer_was_lost_is_known_as_our_own(s3: WeedServer, tmp_p
     assert direct.result() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_trainer_that_dies_while_it_publishes_has_published_nothing(
+    s3: WeedServer, tmp_path: Path, writes: int
+) -> None:
+    direct = JobBucket(open_bucket(s3.settings(f"dies/{tmp_path.name}")), "job")
+    with line_to(s3.url) as line:
+        dying = JobBucket(open_bucket(s3.settings(f"dies/{tmp_path.name}", s3_endpoint=line.url)), "job")
+        held = dying.claim("one", None)
+        line.cut_after(1 + writes)  # of the adapter's weights, its manifest, the result; then comes the lease
+        with pytest.raises(BucketError, match="it does not answer"):
+            dying.accept(held, {"status": "ok"}, adapter(tmp_path / "made"))
+    assert direct.lease() == held
+    assert direct.result() is None
+    again = direct.claim("two", held)
+    direct.accept(again, {"status": "ok"}, adapter(tmp_path / "again"))
+    direct.fetch_adapter(tmp_path / "fetched")
+    assert manifest_digest(tmp_path / "fetched") == manifest_digest(tmp_path / "again")
+
+
+def test_a_job_that_is_forgotten_takes_no_other_along(bucket: JobBucket, job: JobFolder) -> None:
+    bucket.push(job)
+    other_job = JobBucket(bucket.bucket, "job2")
+    other_job.push(job)
+    bucket.forget()
+    assert bucket.bucket.names("jobs/job/") == []
+    assert other_job.bucket.names("jobs/job2/")
+    assert bucket.bucket.names("data/")
+
+
 def test_the_lease_names_the_pods_attempt(bucket: JobBucket) -> None:
     assert attempt_of(bucket.claim("host/1", None).lease) == 3
 
