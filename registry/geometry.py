@@ -196,7 +196,12 @@ def _vision(config: Mapping[str, Any]) -> int:
 
 
 def _window(text: Mapping[str, Any]) -> int | None:
-    return _number(text, ("sliding_window",)) if text.get("use_sliding_window", True) else None
+    """Only where every layer has it: Gemma's layers take turns, and half of them look back over everything."""
+    kinds = text.get("layer_types") or []
+    taken_in_turns = "sliding_window_pattern" in text or str(text.get("model_type", "")).startswith("gemma")
+    if taken_in_turns or any(kind != "sliding_attention" for kind in kinds) or not text.get("use_sliding_window", True):
+        return None
+    return _number(text, ("sliding_window",))
 
 
 def _llama(

@@ -72,6 +72,20 @@ def test_of_experts_all_are_held_and_few_are_met() -> None:
     assert shape.active + shape.embedding == pytest.approx(12.9e9, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("more", "window"),
+    [
+        ({"sliding_window": 4096}, 4096),
+        ({"sliding_window": 4096, "use_sliding_window": False}, None),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 1024, "layer_types": ["sliding_attention", "full_attention"]}, None),
+        ({"sliding_window": 1024, "model_type": "gemma2"}, None),
+    ],
+)
+def test_a_sliding_window_counts_only_where_every_layer_has_it(more: dict[str, Any], window: int | None) -> None:
+    assert geometry_of({**LLAMA, **more}).window == window
+
+
 def test_a_config_that_is_no_language_models_says_what_is_missing() -> None:
     with pytest.raises(BaseModelError, match="hidden_size, num_hidden_layers, vocab_size") as caught:
         geometry_of({"num_attention_heads": 8}, place="models/x/config.json")

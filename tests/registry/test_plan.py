@@ -120,6 +120,20 @@ def test_a_card_without_bf16_gets_a_note() -> None:
     assert any("bf16" in note for note in plan_training(wish(), on("T4")).notes)
 
 
+def test_a_dataset_whose_lengths_are_not_known_is_planned_at_its_limit() -> None:
+    verdict = plan_training(wish(lengths=(), batch=2), on("NVIDIA A40"))
+    assert verdict.fits
+    assert verdict.memory == plan_training(wish(lengths=((2048, 9),), batch=2), on("NVIDIA A40")).memory
+
+
+def test_on_a_cpu_nothing_is_recomputed_and_the_hosts_memory_counts() -> None:
+    verdict = plan_training(wish("smollm2-135m", batch=8, max_length=64), on("cpu", available=8 * GIB))
+    assert verdict.fits
+    assert "python and torch" in verdict.memory.parts
+    assert "context" not in verdict.memory.parts
+    assert not plan_training(wish("smollm2-135m", batch=8, max_length=64), on("cpu", available=GIB)).fits
+
+
 def test_steps_are_counted_as_transformers_counts_them() -> None:
     place = on("NVIDIA A40")
     assert plan_training(wish(batch=8, accumulate=2), place).steps == 120
