@@ -15,7 +15,7 @@ from registry.card_profiles import GIB, profile_of
 from registry.geometry import KNOWN
 from registry.recipe import Train
 from registry.train_memory import STACKS, Training, base_bytes, train_memory, training_of
-from tests.bench.bench_planner import load_points, mean_error
+from tests.bench.bench_planner import load_points, mean_error, summary, table
 
 LLAMA, USUAL = KNOWN["llama-3.1-8b"], Training(batch=4, longest=1024)
 POINTS = load_points()
@@ -43,6 +43,15 @@ def test_what_ran_with_memory_to_spare_is_said_to_fit() -> None:
     roomy = [point for point in POINTS if point.measured and point.measured < 0.8 * point.size]
     assert len(roomy) >= 40
     assert [point.id for point in roomy if point.saying != "fits"] == []
+
+
+def test_the_bench_prints_every_point_and_says_what_a_peer_cannot_take() -> None:
+    peers = {"other": {POINTS[0].id: {"bytes": 2 * POINTS[0].ours, "fits": True}}}
+    lines = table(POINTS, peers)
+    assert len(lines) == len(POINTS) + 2
+    assert lines[2].endswith(f"{2 * POINTS[0].ours / GIB:.1f} ({2 * (1 + POINTS[0].error(POINTS[0].ours)) - 1:+.0%}) |")
+    assert lines[3].endswith("| - |")
+    assert any(line.startswith("| ours, holdout | 23 |") for line in summary(POINTS, {}))
 
 
 def test_our_own_stack_holds_embeddings_and_head_in_32_bits_beside_a_4_bit_base() -> None:
