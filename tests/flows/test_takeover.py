@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 from tests.fakes.bucket_job import BucketJob, bucket_job
 from tests.weed_server import WeedServer, weed_server
 
-TERM = 2.0
+TERM = 1.0
 OK, TAKEN = 0, 4
 STEPS = 12
 LIMIT_SECONDS = 90.0

@@ -216,12 +216,12 @@ def test_of_two_pods_of_one_attempt_one_waits_for_the_other(field: Field) -> Non
 def test_a_bucket_that_is_away_for_a_while_stops_no_trainer(s3: WeedServer, tmp_path: Path) -> None:
     with standin(tmp_path / "cloud", provision=0.05, start=0.05, grace=2) as cloud, line_to(s3.url) as line:
         ours = s3.settings(f"away/{tmp_path.name}", runpod_url=cloud.url, runpod_api_key=cloud.key)
-        field = Field(cloud, bucket_job(tmp_path / "here", ours, max_steps=300),
+        field = Field(cloud, bucket_job(tmp_path / "here", ours, max_steps=200),
                       ours.model_copy(update={"s3_endpoint": line.url}))  # fmt: skip
         field.permit()
         pod = field.rent()
         field.until(lambda: field.step() > 10)
-        _away_for(line, 6.0)
+        _away_for(line, 4.0)
         said = field.until_gone(pod)
         assert "it does not answer" in said
         result = field.remote.result()
@@ -230,7 +230,7 @@ def test_a_bucket_that_is_away_for_a_while_stops_no_trainer(s3: WeedServer, tmp_
         held = field.remote.lease()
         assert held is not None
         assert held.lease.epoch == 1
-        assert field.made.steps() == list(range(301)), "progress is missing, or told twice"
+        assert field.made.steps() == list(range(201)), "progress is missing, or told twice"
 
 
 def _away_for(line: Line, seconds: float) -> None:
