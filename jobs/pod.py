@@ -65,7 +65,7 @@ class PodJob:
         self.remote, self.job, self.limits = remote, job, limits
         self.trainer: subprocess.Popen[bytes] | None = None
         self.ended: list[str] = []
-        self.wake, self.stopping = threading.Event(), threading.Event()
+        self.wake, self.stopping, self.starting = threading.Event(), threading.Event(), threading.Lock()
         self.watchdog = Watchdog(remote, limits, self._trainer_pid)
         self.mirror: Mirror | None = None
 
@@ -74,12 +74,14 @@ class PodJob:
         signal.signal(signal.SIGTERM, lambda *_: self._over("the pod was told to stop"))
         work = threading.Thread(target=self._work, name="work", daemon=True)
         threading.Thread(target=self.watchdog.watch, name="watch", daemon=True).start()
-        while not (reason := self.watchdog.why()) and not self.ended:
-            # Only with a permit: who has none must not take the job from whom it was given to.
-            if self.watchdog.seen and not work.ident:
+        while True:
+            # Nothing begins without a permit: who has none must not take the job from whom it was given to.
+            looked = self.watchdog.seen is not None
+            if reason := self.watchdog.why() or next(iter(self.ended), ""):
+                break
+            if looked and not work.ident:
                 work.start()
             self.wake.wait(TICK)
-        reason = reason or self.ended[0]
         self._stop(reason)
         return reason
 
@@ -123,7 +125,7 @@ class PodJob:
     def _train(self) -> str:
         self._say("starting the trainer")
         command = shlex.split(os.environ.get("FT_TRAINER") or f"{shlex.quote(sys.executable)} -m jobs.trainer")
-        with self.job.log.open("ab") as log:
+        with self.job.log.open("ab") as log, self.starting:
             if self.stopping.is_set():
                 return "stopped before the trainer"
             self.trainer = subprocess.Popen(
@@ -138,7 +140,8 @@ class PodJob:
     def _stop(self, reason: str) -> None:
         """Checkpoint, stop, send: within `limits.end` seconds, whatever hangs."""
         self._say(reason)
-        self.stopping.set()
+        with self.starting:
+            self.stopping.set()
         end = time.monotonic() + self.limits.end
         if self.trainer and self.trainer.poll() is None:
             self._signal(signal.SIGTERM)
