@@ -30,6 +30,7 @@ def runpod(
     no_s3: Annotated[bool, typer.Option("--no-s3", help="No S3: you have a bucket of your own")] = False,
     faults: Annotated[Path | None, typer.Option(help="YAML file of what shall go wrong: docs/dev-runpod.md")] = None,
     price_factor: Annotated[float, typer.Option(help="Multiplies all prices")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the variables as JSON")] = False,
 ) -> None:
     """Run a stand-in for RunPod whose pods are processes of this machine, until Ctrl-C; nothing is left then.
 
@@ -38,7 +39,7 @@ def runpod(
     Example: ft dev runpod
     """
     from cli import dev_programs
-    from cli.console import say
+    from cli.console import print_json, say
     from registry.errors import NotFound
     from registry.project import cache_folder, find_project
 
@@ -52,13 +53,19 @@ def runpod(
         stack.enter_context(_ended_by_sigterm())
         url = stack.enter_context(dev_programs.runpod(folder, port, keys.runpod, more))
         s3 = "" if no_s3 else stack.enter_context(dev_programs.s3(folder / "s3", s3_port, keys))
-        say("\n".join(_lines(url, s3, keys)))
-        say(f"\n# The lines above are for .env. Pods and their logs: {folder / 'pods'}\n# Ctrl-C ends it and all pods.")
+        variables = _variables(url, s3, keys)
+        if as_json:
+            print_json(variables)
+        else:
+            say("\n".join(f"{name}={value}" for name, value in variables.items()))
+            say(f"\n# The lines above are for .env. Pods and their logs: {folder / 'pods'}")
+            say("# Ctrl-C ends it and all pods.")
         _until_the_end()
-    say("ended; nothing is left")
+    if not as_json:
+        say("ended; nothing is left")
 
 
-def _lines(url: str, s3: str, keys: Keys) -> list[str]:
+def _variables(url: str, s3: str, keys: Keys) -> dict[str, str]:
     cloud = {
         "FT_RUNPOD_URL": url, "FT_RUNPOD_SERVERLESS_URL": f"{url}/v2", "FT_RUNPOD_API_KEY": keys.runpod,
         "FT_RUNPOD_IMAGE": "ft-standin:dev",
@@ -68,7 +75,7 @@ def _lines(url: str, s3: str, keys: Keys) -> list[str]:
         "FT_S3_ACCESS_KEY": keys.s3[0], "FT_S3_SECRET_KEY": keys.s3[1],
         "FT_POD_S3_ACCESS_KEY": keys.pod_s3[0], "FT_POD_S3_SECRET_KEY": keys.pod_s3[1],
     }  # fmt: skip
-    return [f"{name}={value}" for name, value in (cloud | (bucket if s3 else {})).items()]
+    return cloud | (bucket if s3 else {})
 
 
 def _until_the_end() -> None:
