@@ -230,6 +230,8 @@ def describe(run: runs.Run, training: dict[str, Any] | None) -> str:
         if run.state == "paused":
             return f"paused at {run.stage}" if run.stage else "paused"
         return run.stage if run.active and run.stage else run.state
+    if training.get("stage") == "smoke" and "step" not in training:
+        return "train: trying the longest rows first"
     if training.get("stage") == "fingerprint":
         return "train: recording a fingerprint for the parity probe"
     parts = [f"train {training['step']}/{training['steps']}"]

@@ -29,7 +29,7 @@ from registry.triggers import Subscriber, decide, due, listens
 WATCH_SECONDS = 2.0
 BATCH = 200
 # What of a recipe says when and how a run is done, not what is trained.
-NOT_MEANT = {"on", "description", "approval", "retries", "timeouts"}
+NOT_MEANT = {"on", "description", "approval", "retries", "timeouts", "cloud", "budget", "escalate"}
 
 
 @dataclass(frozen=True)

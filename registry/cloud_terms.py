@@ -32,6 +32,7 @@ class CloudTerms(Part):
     network_volume: Text | None = Field(None, description="Id of a network volume, which keeps base models")
     max_usd_per_hour: float = Field(1.0, gt=0, description="A pod that turns out dearer is ended at once")
     disk_gb: int = Field(60, ge=5, le=4000, description="Container disk of the pod")
+    min_cuda: Text = Field("13.0", description="Least CUDA version of the host's driver; our image needs 13.0")
     image: Text | None = Field(None, description="The setting `runpod_image` otherwise")
 
 

@@ -62,6 +62,7 @@ class PodOrder:
     disk_gb: int
     data_centers: tuple[str, ...] = ()
     network_volume: str | None = None
+    min_cuda: str = ""
 
     def body(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -70,6 +71,8 @@ class PodOrder:
         }  # fmt: skip
         if self.data_centers:
             found["dataCenterIds"] = list(self.data_centers)
+        if self.min_cuda:
+            found["gpu"]["minCudaVersion"] = self.min_cuda
         if self.network_volume:
             found["mounts"] = {"network": [{"volumeId": self.network_volume, "path": VOLUME_PATH}]}
         return found

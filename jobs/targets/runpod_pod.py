@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from registry.errors import BucketError, CloudError
 from registry.job_bucket import JobBucket, LeaseWatch, Permit, attempt_of
 from registry.job_folder import JobFolder
 from registry.rentals import Rental, current, rentals
-from registry.runpod_shapes import Pod, PodOrder
+from registry.runpod_shapes import VOLUME_PATH, Pod, PodOrder
 from registry.settings import Settings
 from registry.spending import permit_until
 from registry.store import Store
@@ -73,8 +73,8 @@ class RunPodPod:
             return False
         # An event starts runs without `ft run` and its checks.
         pod_image(self.settings, self.rent.terms)
-        pod_bucket(self.settings).close()
-        self.bucket.check()
+        with closing(pod_bucket(self.settings)) as theirs:
+            theirs.check()
         remote.push(job, self.rent.base)
         rent(self.store, self.cloud, self._wish(job), self._order(job), settle_seconds=self.settings.settle_seconds)
         self._silence, self._seen, self._permitted = LeaseWatch(), None, float("-inf")
@@ -167,18 +167,22 @@ class RunPodPod:
         if time.monotonic() - self._asked < PODS_SECONDS:
             return ""
         self._asked = time.monotonic()
-        return self._why_gone(rental)
+        return self._why_gone(job, rental)
 
-    def _why_gone(self, rental: Rental) -> str:
+    def _why_gone(self, job: JobFolder, rental: Rental) -> str:
         assert rental.pod is not None
         try:
             self._seen = self.cloud.pod(rental.pod)
         except CloudError as error:  # a pod may be well while RunPod's API is not
             print(f"pod {rental.pod} cannot be looked at: {error}", file=sys.stderr, flush=True)
             return ""
-        if self._seen is None:
-            return "the pod is gone"
-        return f"the pod is {self._seen.status.lower()}" if self._seen.status in ENDED else ""
+        if self._seen is not None and self._seen.status not in ENDED:
+            return ""
+        said = ""
+        with suppress(BucketError):
+            said = self._remote(job).end_note(rental.attempt) or ""
+        state = self._seen.status.lower() if self._seen else "gone"
+        return f"the pod is {state}" + (f": {said}" if said else "")
 
     def _permit(self, job: JobFolder, rental: Rental) -> None:
         """Write how long what was reserved pays for, as it is known now: prices and budgets change."""
@@ -201,11 +205,14 @@ class _OrderOf:
     def __call__(self, rental: Rental) -> PodOrder:
         settings, terms = self.target.settings, self.target.rent.terms
         _write_permit(self.target.store, JobBucket(self.target.bucket, self.job.name), rental)
-        token = {"HF_TOKEN": self.target.rent.token} if self.target.rent.token else {}
+        more = {"HF_TOKEN": self.target.rent.token} if self.target.rent.token else {}
+        if terms.network_volume:  # base models stay there for the next pod
+            more["FT_CACHE"] = f"{VOLUME_PATH}/ft-cache"
         return PodOrder(
             name=rental.name, image=pod_image(settings, terms), gpu=rental.gpu, cloud=rental.cloud,
-            env={**pod_env(settings, self.job.name, rental.attempt), **token}, args=self.target.command,
+            env={**pod_env(settings, self.job.name, rental.attempt), **more}, args=self.target.command,
             disk_gb=terms.disk_gb, data_centers=tuple(terms.data_centers), network_volume=terms.network_volume,
+            min_cuda=terms.min_cuda,
         )  # fmt: skip
 
 
