@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale sweep-kill docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale bench-planner bench-bucket sweep-kill sweep-money sweep-takeover docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -76,6 +76,22 @@ sweep-kill: setup
 	$(BIN)/python -m tests.flows.sweep --seed $(or $(SEED),1) --database $(or $(DATABASE),sqlite) \
 		--points "$(or $(POINTS),all)" --count $(or $(COUNT),200) --real $(or $(REAL),20) --restarts $(or $(RESTARTS),10) \
 		--engine $(or $(ENGINE),vllm)
+
+# The planner's memory beside published figures and, in one run, two other estimators (installed into .ft/peers, once).
+bench-planner: setup
+	$(BIN)/python -m tests.bench.bench_planner --peers
+
+bench-bucket: setup ## A 200 MB job folder to a real S3 and back, beside plain boto3
+	$(BIN)/python -m tests.bench.bench_bucket
+
+# JOBS jobs (REAL of them with the real trainer) through the stand-in of RunPod, with faults and kill -9; then ledger and
+# bill are compared. Some 40 minutes for 500, alone on the machine.
+sweep-money: setup
+	$(BIN)/python -m tests.flows.money_sweep --jobs $(or $(JOBS),500) --real $(or $(REAL),50) --seed $(or $(SEED),1)
+
+# Two trainers race for one job in a real bucket, one of them frozen past its lease; COUNT times.
+sweep-takeover: setup
+	$(BIN)/python -m tests.flows.test_takeover $(or $(COUNT),100) $(or $(SEED),1)
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

@@ -1,4 +1,4 @@
-"""`make sweep-money`: hundreds of jobs through the stand-in of RunPod, with faults and kill -9; then the books are read.
+"""`make sweep-money`: hundreds of jobs through the stand-in of RunPod, with faults and kill -9; then we read the books.
 
 Real: ledger, renting, target, bucket (weed mini), the pods' start command with its watchdog, the reaper.
 Prints the figures as JSON; exit code 1 if money leaked, and the folder stays where it is.
@@ -86,6 +86,7 @@ class Sweep:
     dice: random.Random
     parts: list[Part] = field(default_factory=list)
     longest_gap: float = 0.0
+    fired: dict[str, int] = field(default_factory=dict)
 
     @property
     def store(self) -> Store:
@@ -162,7 +163,8 @@ def _through(sweep: Sweep, asked: argparse.Namespace) -> None:
         sweep.keep_up()
         time.sleep(0.5)
     time.sleep(FINAL)
-    sweep.cloud.faults({"fault": "list_lag", "seconds": 0})
+    sweep.fired = {each["fault"]: each["fired"] for each in sweep.cloud.truth()["faults"] if each["fired"]}
+    sweep.cloud.faults()
     settings = Settings(runpod_url=sweep.cloud.url, runpod_api_key=sweep.cloud.key)
     with open_runpod(settings) as client:
         Reaper(sweep.store, client, settings.budgets, SETTLE, FINAL).bill(at_once=True)
@@ -205,7 +207,7 @@ def _counts(sweep: Sweep) -> dict[str, Any]:
     lives = sorted(each["seconds"] for each in pods)
     return {
         "jobs": sum(states.values()), "states": dict(states), "errors": dict(errors.most_common(8)), "pods": len(pods),
-        "faults": {each["fault"]: each["fired"] for each in truth["faults"] if each["fired"]},
+        "faults": sweep.fired,
         "attempts": dict(Counter(each.state for each in rentals(sweep.store))),
         "kills": {each.name: each.kills for each in sweep.parts},
         "longest_gap_s": round(sweep.longest_gap, 1), "bill_usd": round(sum(each["usd"] for each in pods), 2),
