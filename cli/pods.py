@@ -89,6 +89,36 @@ def reap(
         say("all that is rented is wanted")
 
 
+@app.command()
+def extend(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run whose pod is rented now")],
+    max_usd: Annotated[float, typer.Option("--max-usd", min=0.01, help="What the run may cost from now on, in all")],
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Let a run that is on cost more: its permit grows within half a minute. Budgets of day and month still hold.
+
+    Example: ft pods extend support-1a2b --max-usd 8
+    """
+    from cli.console import print_json, say
+    from registry import runs
+    from registry.errors import NotFound
+    from registry.ledger import reserve_more
+    from registry.project import find_project
+    from registry.rentals import current
+    from registry.settings import load_settings
+    from registry.store import open_store
+
+    project = find_project()
+    store = open_store(project)
+    run = runs.get(store, run_id)
+    rental = current(store, run.id)
+    if rental is None:
+        raise NotFound(f"{run.id} has no pod", fix="`ft pods` lists what is rented")
+    more = reserve_more(store, rental.name, load_settings(project).budgets, max_usd)
+    found = {"run": run.id, "name": more.name, "reserved_usd": more.reserved_usd, "max_usd": max_usd}
+    print_json(found) if as_json else say(f"{run.id}: ${more.reserved_usd:.2f} are reserved for its pod now")
+
+
 DONE = {
     "adopt": "taken for its run", "want_ended": "ended", "end": "ended", "reap": "ended", "ask": "looked for",
     "void": "struck out", "close": "closed in the ledger",

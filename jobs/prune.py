@@ -10,16 +10,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from registry import pruned_rows as rows
+from registry.bucket import open_bucket
 from registry.cards import holder, list_cards, pick_card, wanted
 from registry.errors import Conflict, Trouble
 from registry.events import append, new_event
 from registry.file_locks import try_exclusive
+from registry.job_bucket import JobBucket
 from registry.project import Project, user_name
 from registry.retention import EndedRun, Keep, Known, Plan, decide
 from registry.settings import load_settings
@@ -180,7 +182,17 @@ def _forget_workflows(project: Project, store: Store) -> None:
 
     while ids := rows.unforgotten(store, WORKFLOWS_AT_ONCE):
         forget(project, ids)
+        _forget_in_bucket(project, ids)
         rows.mark_forgotten(store, ids)
+
+
+def _forget_in_bucket(project: Project, run_ids: list[str]) -> None:
+    """Job folders of pods; what they share with others by content stays."""
+    settings = load_settings(project)
+    if settings.bucket:
+        with closing(open_bucket(settings)) as bucket:
+            for run_id in run_ids:
+                JobBucket(bucket, run_id).forget()
 
 
 def _old_events(store: Store, plan: Plan) -> Iterator[list[tuple[int, int]]]:

@@ -40,6 +40,12 @@ class WeedServer:
         }  # fmt: skip
         return Settings(**{**keys, **more})
 
+    def environment(self, prefix: str) -> dict[str, str]:
+        """The same as variables, for commands."""
+        named = self.settings(prefix).model_dump()
+        kept = ("bucket", "s3_endpoint", "s3_access_key", "s3_secret_key", "pod_s3_access_key", "pod_s3_secret_key")
+        return {f"FT_{name.upper()}": str(named[name]) for name in kept}
+
     def client(self, keys: tuple[str, str] = OWN) -> Any:
         """boto3's own client, for what goes around our code."""
         import boto3

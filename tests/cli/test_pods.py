@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from registry import ledger
+from registry import ledger, runs
 from registry.cloud_terms import Budgets
 from registry.events import read
 from registry.ledger import Intent
@@ -78,6 +78,17 @@ def test_without_a_key_the_ledger_is_shown(project: Project, store: Store, cloud
     assert rental.name in shown.stdout
     assert "what RunPod has is not known" in shown.stderr
     assert ft(project, "pods", "reap").returncode == 1
+
+
+def test_a_run_that_is_on_may_cost_more(project: Project, store: Store, cloud: Standin) -> None:
+    with store.writing() as connection:
+        runs.submit_within(connection, "tickets-1", {"name": "tickets", "model": "support"}, "recipes/t.yaml", "d")
+    assert "has no pod" in ft(project, "pods", "extend", "tickets-1", "--max-usd", "9", **cloud.environment).stderr
+    rental = a_rental(store, cloud)
+    done = ft(project, "pods", "extend", "tickets-1", "--max-usd", "9", "--json", **cloud.environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reserved_usd"] > rental.reserved_usd
+    assert get(store, rental.name).reserved_usd == json.loads(done.stdout)["reserved_usd"]
 
 
 def test_reap_ends_what_nobody_wants_and_touches_nothing_else(project: Project, store: Store, cloud: Standin) -> None:

@@ -238,12 +238,9 @@ def _swept(folder: Path, asked: argparse.Namespace) -> Iterator[Sweep]:
 
 
 def _environment(project: Project, s3: WeedServer, cloud: Standin) -> dict[str, str]:
-    settings = s3.settings("sweep")
-    names = ("bucket", "s3_endpoint", "s3_access_key", "s3_secret_key", "pod_s3_access_key", "pod_s3_secret_key")
-    ours = {f"FT_{name.upper()}": str(getattr(settings, name)) for name in names}
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("FT_", "AWS_", "RUNPOD_"))},
-        **ours, **cloud.environment, "PYTHONPATH": str(ROOT), "FT_CACHE": str(project.cache),
+        **s3.environment("sweep"), **cloud.environment, "PYTHONPATH": str(ROOT), "FT_CACHE": str(project.cache),
         "FT_SETTLE_SECONDS": str(SETTLE), "FT_POD_START_SECONDS": "60", "FT_RUNPOD_IMAGE": "ft",
     }  # fmt: skip
 

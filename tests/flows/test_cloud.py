@@ -28,10 +28,7 @@ def cloud(tmp_path: Path) -> Iterator[Standin]:
 def tiny(tmp_path: Path, tiny_base: TinyBase, cloud: Standin, s3: WeedServer,
          monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiny]:  # fmt: skip
     made = make_tiny(tmp_path / "project", tiny_base)
-    settings = s3.settings(tmp_path.name)
-    for name in ("bucket", "s3_endpoint", "s3_access_key", "s3_secret_key", "pod_s3_access_key", "pod_s3_secret_key"):
-        monkeypatch.setenv(f"FT_{name.upper()}", str(getattr(settings, name)))
-    for name, value in cloud.environment.items():
+    for name, value in {**s3.environment(tmp_path.name), **cloud.environment}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FT_RUNPOD_IMAGE", "ft")
     monkeypatch.setenv("FT_SETTLE_SECONDS", "2")

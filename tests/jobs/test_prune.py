@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import sqlalchemy
 
 from jobs import prune as pruning
 from registry import adapters, runs
+from registry.bucket import open_bucket
 from registry.cards import pick_card, try_lock
 from registry.errors import Conflict, Trouble
 from registry.events import advance, read
@@ -23,6 +25,7 @@ from registry.project import Project
 from registry.retention import Keep
 from registry.store import Store
 from tests.conftest import run_bounded, started
+from tests.weed_server import WeedServer
 
 # SQLAlchemy warns of its own deprecations, and DBOS of pages that are not ours.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -172,6 +175,19 @@ def test_the_engine_forgets_pruned_runs_and_their_children(project: Project, eit
     assert {each.workflow_id for each in client.list_workflows()} == {"m-2"}
     client.destroy()
     assert either_store.read("SELECT id, forgotten FROM pruned_runs") == [{"id": "m-1", "forgotten": 1}]
+
+
+def test_a_pruned_runs_folder_in_the_bucket_goes_and_what_jobs_share_stays(
+    project: Project, store: Store, s3: WeedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment(tmp_path.name).items():
+        monkeypatch.setenv(name, value)
+    make_run(project, store, "m-1")
+    with closing(open_bucket(s3.settings(tmp_path.name))) as bucket:
+        for key in ("jobs/m-1/spec.json", "jobs/m-2/spec.json", "data/d/train.jsonl"):
+            bucket.put(key, b"{}")
+        assert pruned(project, store) == {"runs": 1}
+        assert [each.key for each in bucket.names("")] == ["data/d/train.jsonl", "jobs/m-2/spec.json"]
 
 
 def whole(folder: Path) -> bool:
