@@ -112,7 +112,7 @@ def place(request: pytest.FixtureRequest, project: Project, store: Store, job: J
         else:
             cloud = stack.enter_context(standin(tmp_path / "cloud", provision=0.1, start=0.1, grace=5))
             yield stack.enter_context(
-                _in_pod(store, job, trainer, cloud, request.getfixturevalue("s3"), project, tmp_path)
+                _in_pod(store, job, trainer, cloud, request.getfixturevalue("s3"), _rent(project))
             )
 
 
@@ -130,16 +130,19 @@ def _on_card(project: Project, job: JobFolder, trainer: str, tmp_path: Path) -> 
     return Place(target, job, kill, lambda: int(target.poll(job.path).state == "running"))
 
 
+def _rent(project: Project, **more: Any) -> Rent:
+    offer = Offer(GPU, "secure", more.pop("usd_per_hour", 0.4))
+    return Rent("m", "m", more.pop("terms", CloudTerms()), (offer,), base=project.models / "local-none@1", **more)
+
+
 @contextmanager
 def _in_pod(
-    store: Store, job: JobFolder, trainer: str, cloud: Standin, s3: WeedServer, project: Project, tmp_path: Path,
-    rent: Rent | None = None,
+    store: Store, job: JobFolder, trainer: str, cloud: Standin, s3: WeedServer, rent: Rent
 ) -> Iterator[Place]:  # fmt: skip
     settings = s3.settings(
-        tmp_path.name, runpod_url=cloud.url, runpod_api_key=cloud.key, runpod_image="ft", settle_seconds=1,
+        job.path.parents[2].name, runpod_url=cloud.url, runpod_api_key=cloud.key, runpod_image="ft", settle_seconds=1,
         pod_start_seconds=60, budgets={"run_usd": 5},
     )  # fmt: skip
-    rent = rent or Rent("m", "m", CloudTerms(), (Offer(GPU, "secure", 0.4),), base=project.models / "local-none@1")
 
     def kill() -> None:
         cloud.fate(cloud.alive()[0]["id"], "die")
@@ -225,11 +228,10 @@ def test_a_pod_ends_with_its_permit_whoever_is_dead_here(
     steps: int, project: Project, store: Store, job: JobFolder, trainer: str, s3: WeedServer, tmp_path: Path
 ) -> None:
     # 40 dollars an hour: 0.45 dollars pay for 40 s.
-    rent = Rent("m", "m", CloudTerms(max_usd_per_hour=50), (Offer(GPU, "secure", 40.0),), reserve_usd=0.45,
-                base=project.models / "local-none@1")  # fmt: skip
+    rent = _rent(project, terms=CloudTerms(max_usd_per_hour=50), usd_per_hour=40.0, reserve_usd=0.45)
     with (
         standin(tmp_path / "cloud", provision=0.1, start=0.1, grace=5, price_factor=100) as cloud,
-        _in_pod(store, job, trainer, cloud, s3, project, tmp_path, rent) as place,
+        _in_pod(store, job, trainer, cloud, s3, rent) as place,
     ):
         assert isinstance(place.target, RunPodPod)
         place.target.launch(job.path)
