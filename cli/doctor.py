@@ -70,6 +70,8 @@ def examine(project: Project) -> Iterator[Finding]:
         "worker": lambda: [_worker(project)],
         "receiver": lambda: [_receiver(project)],
         "ft up": lambda: [_up(project)],
+        "bucket": lambda: _bucket(project),
+        "RunPod": lambda: _runpod(project),
     }
     for subject, look in checks.items():
         try:
@@ -114,6 +116,33 @@ def _cards(project: Project) -> Iterator[Finding]:
         fact = f"{card.title}, {card.memory / 1e9:.0f} GB" + (f", held by {held}" if held else ", free")
         fix = "trains and serves small models only; an NVIDIA card needs its driver" if card.is_cpu else ""
         yield Finding(f"card {card.name}", "note" if card.is_cpu else "ok", fact, fix)
+
+
+def _bucket(project: Project) -> Iterator[Finding]:
+    """Only who has named one needs one: with our key, then with that of pods."""
+    from contextlib import closing
+
+    from jobs.pod_env import pod_bucket
+    from registry.bucket import open_bucket
+    from registry.settings import load_settings
+
+    settings = load_settings(project)
+    if not settings.bucket:
+        return
+    for whose, opened in (("ours", open_bucket), ("the pods' key", pod_bucket)):
+        with closing(opened(settings)) as bucket:
+            bucket.check()
+            yield Finding("bucket", "ok", f"{bucket.place} takes conditional writes ({whose})")
+
+
+def _runpod(project: Project) -> Iterator[Finding]:
+    from registry.runpod_api import has_key, open_runpod
+    from registry.settings import load_settings
+
+    settings = load_settings(project)
+    if has_key(settings):
+        with open_runpod(settings, patience_s=10) as cloud:
+            yield Finding("RunPod", "ok", f"{settings.runpod_url} lists {len(cloud.gpus())} types of cards")
 
 
 def _disk(project: Project) -> Iterator[Finding]:

@@ -38,8 +38,16 @@ T = TypeVar("T")
 
 def open_runpod(settings: Settings, *, patience_s: float = 60.0, timeout_s: float = 60.0) -> RunPod:
     """Raises WrongKey if there is no key. Close it, or use it in a `with`."""
-    key = settings.runpod_api_key or os.environ.get("RUNPOD_API_KEY", "")
-    return RunPod(settings.runpod_url, key, patience_s=patience_s, timeout_s=timeout_s)
+    return RunPod(settings.runpod_url, _key(settings), patience_s=patience_s, timeout_s=timeout_s)
+
+
+def has_key(settings: Settings) -> bool:
+    """Is there anybody to be asked at all?"""
+    return bool(_key(settings))
+
+
+def _key(settings: Settings) -> str:
+    return settings.runpod_api_key or os.environ.get("RUNPOD_API_KEY", "")
 
 
 class RunPod:

@@ -121,3 +121,14 @@ def test_a_run_that_is_cancelled_ends_its_pod_and_goes_on_from_its_checkpoint_wh
     assert stopped is not None
     assert stopped["status"] == "stopped"
     assert stopped["steps"] >= 6
+
+
+def test_doctor_tries_the_bucket_with_both_keys_and_asks_runpod(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(subject: str) -> list[str]:
+        findings = tiny.person.json("doctor", exits=None)["findings"]
+        return [each["state"] for each in findings if each["subject"] == subject]
+
+    assert (found("bucket"), found("RunPod")) == (["ok", "ok"], ["ok"])
+    monkeypatch.setenv("FT_POD_S3_SECRET_KEY", "wrong")
+    monkeypatch.setenv("FT_RUNPOD_API_KEY", "wrong")
+    assert (found("bucket"), found("RunPod")) == (["ok", "missing"], ["missing"])
