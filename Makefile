@@ -11,7 +11,7 @@ endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
 
-.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale bench-planner bench-bucket sweep-kill sweep-money sweep-takeover docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale bench-planner bench-control bench-bucket sweep-kill sweep-money sweep-takeover docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -80,6 +80,9 @@ sweep-kill: setup
 # The planner's memory beside published figures and, in one run, two other estimators (installed into .ft/peers, once).
 bench-planner: setup
 	$(BIN)/python -m tests.bench.bench_planner --peers
+
+bench-control: setup ## From `ft run` to RunPod's create call, and `ft plan` as a whole process
+	$(BIN)/python -m tests.bench.bench_control
 
 bench-bucket: setup ## A 200 MB job folder to a real S3 and back, beside plain boto3
 	$(BIN)/python -m tests.bench.bench_bucket

@@ -88,6 +88,8 @@ class PodJob:
     def _work(self) -> None:
         """Set up, then train: in a thread of its own, because neither may keep the watchdog from looking."""
         try:
+            if pod := os.environ.get("RUNPOD_POD_ID"):
+                self._patiently(lambda: self.remote.sign(pod))
             why = self._why_not() or self._set_up() or self._train()
         except LeaseLost:
             why = "another pod has the job"

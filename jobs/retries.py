@@ -50,6 +50,7 @@ def advice(kind: str, train: dict[str, Any]) -> str:
         "disk_full": "free disk space, then `ft resume`: the last checkpoint was kept",
         "out_of_memory": "lower train.batch (and raise train.accumulate by as much)",
         "diverged": "lower train.learning_rate",
+        "stopped": "`ft resume` goes on from the checkpoint; of a pod whose money was used up raise the budget before",
     }.get(kind, "read the log with `ft logs`, then `ft resume`")
 
 

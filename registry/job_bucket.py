@@ -7,6 +7,7 @@ jobs/<id>/results/<epoch>/          result.json and adapter/, sent before the le
 jobs/<id>/permit.json, stop.json    our side's word to who trains
 jobs/<id>/progress/, log/, checkpoints/   sent as they come, each file written once
 jobs/<id>/ended/<attempt>.json      why a pod ended itself
+jobs/<id>/pods/<attempt>-<pod>      a pod was here
 data/<sha256>/, models/<sha256>/    by content, shared by jobs; complete with MANIFEST.json
 """
 
@@ -138,6 +139,16 @@ class JobBucket:
     def stop_reason(self) -> str | None:
         found = self.bucket.get(f"{self.root}/stop.json")
         return str(json.loads(found.body)["reason"]) if found else None
+
+    def sign(self, pod: str) -> None:
+        """A pod's side: it was here, whatever becomes of it."""
+        self.bucket.put(f"{self.root}/pods/{self.attempt:04d}-{pod}", b"")
+
+    def signed(self) -> list[tuple[int, str]]:
+        """Attempt and id of every pod that was here."""
+        start = f"{self.root}/pods/"
+        found = [each.key.removeprefix(start).partition("-") for each in self.bucket.names(start)]
+        return [(int(attempt), pod) for attempt, _, pod in found if attempt.isdecimal()]
 
     def note_end(self, reason: str) -> None:
         """Why this attempt's pod ends itself, for our side."""

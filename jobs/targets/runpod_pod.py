@@ -17,10 +17,12 @@ from jobs.pod_env import pod_bucket, pod_env
 from jobs.rent import Cloud, Offer, Wish, end_rental, rent
 from jobs.targets.target import Poll
 from registry.bucket import Bucket
+from registry.budgets import paid_seconds, run_cap
 from registry.cloud_terms import CloudTerms
-from registry.errors import BucketError, CloudError
+from registry.errors import BucketError, BudgetError, CloudError, NotFound
 from registry.job_bucket import JobBucket, LeaseWatch, Permit, attempt_of
 from registry.job_folder import JobFolder
+from registry.ledger import note_pod, reserve_more
 from registry.rentals import Rental, current, rentals
 from registry.runpod_shapes import VOLUME_PATH, Pod, PodOrder
 from registry.settings import Settings
@@ -31,6 +33,8 @@ PULL_SECONDS = 2.0
 PODS_SECONDS = 10.0  # RunPod allows 60 calls a minute, to all jobs together
 PERMIT_SECONDS = 30.0
 STOP_SECONDS = 120.0
+# A trainer that was heard so lately is at work, and its run's budget pays for more than the plan expected.
+HEARD_SECONDS, LAST_SECONDS, LAST_SHARE = 60.0, 240.0, 0.25
 ENDED = ("EXITED", "ERROR", "TERMINATED")
 COMMAND = "python -m jobs.pod"
 
@@ -63,7 +67,7 @@ class RunPodPod:
         self._pulled = self._asked = self._permitted = float("-inf")
         self._seen: Pod | None = None
         self._silence = LeaseWatch()
-        self._note = ""
+        self._note = self._grown = ""
 
     def launch(self, folder: Path) -> bool:
         job = JobFolder(folder)
@@ -105,6 +109,7 @@ class RunPodPod:
         return f"a {rental.gpu} at ${rental.usd_per_hour:.2f} an hour is {state}"
 
     def fetch(self, folder: Path, target: Path) -> None:
+        self._note_pods(JobFolder(folder))
         self._remote(JobFolder(folder)).fetch_adapter(target)
 
     def cancel(self, folder: Path, reason: str) -> None:
@@ -143,9 +148,17 @@ class RunPodPod:
         self._pulled = time.monotonic()
         try:
             self._remote(job).pull(job)
+            self._note_pods(job)
             self._note = ""
         except BucketError as error:
             self._note = error.what
+
+    def _note_pods(self, job: JobFolder) -> None:
+        """Pods that signed in the bucket: one that was made twice may be gone before a list shows it, and costs."""
+        by_attempt = {each.attempt: each for each in rentals(self.store, job=job.name)}
+        for attempt, pod in self._remote(job).signed():
+            if rental := by_attempt.get(attempt):
+                note_pod(self.store, rental.name, pod, rental.usd_per_hour, time.time())
 
     def _works_on(self, job: JobFolder, rental: Rental | None) -> bool:
         """A pod of a later attempt than the one whose result is there: it has not claimed the job yet."""
@@ -189,8 +202,22 @@ class RunPodPod:
         if time.monotonic() - self._permitted < PERMIT_SECONDS:
             return
         with suppress(BucketError):  # then the pod goes by the permit that it has
-            _write_permit(self.store, self._remote(job), rental)
+            _write_permit(self.store, self._remote(job), self._lengthened(rental))
             self._permitted = time.monotonic()
+
+    def _lengthened(self, rental: Rental) -> Rental:
+        """What was reserved is what the plan expected. A trainer that works, but slower, gets what the run has left."""
+        left = permit_until(self.store, rental, now=0.0)
+        paid = paid_seconds(rental.reserved_usd, rental.usd_per_hour)
+        silent = time.monotonic() - self._silence.since
+        if rental.name == self._grown or left > min(LAST_SECONDS, paid * LAST_SHARE) or silent > HEARD_SECONDS:
+            return rental
+        self._grown = rental.name
+        cap = run_cap(self.rent.max_usd, self.settings.budgets, rental.job)
+        try:
+            return reserve_more(self.store, rental.name, self.settings.budgets, cap)
+        except (BudgetError, NotFound):  # it stops with a checkpoint
+            return rental
 
     def _remote(self, job: JobFolder) -> JobBucket:
         return JobBucket(self.bucket, job.name)

@@ -42,7 +42,6 @@ from tests.conftest import ROOT, SMOL, TinyBase
 from tests.fakes.adapter_folder import lora_arrays, make_adapter
 from tests.fakes.runpod.started import Standin, standin
 from tests.flows.tiny_project import SHORT, Tiny, make_tiny
-from tests.tiny_base import save_tiny_base
 from tests.weed_server import WeedServer, weed_server
 
 GPUS = {"NVIDIA GeForce RTX 3070": 0.13, "NVIDIA GeForce RTX 4070 Ti": 0.19, "NVIDIA A40": 0.35}
@@ -225,7 +224,7 @@ def _swept(folder: Path, asked: argparse.Namespace) -> Iterator[Sweep]:
             folder / "cloud", rules=FAULTS, seed=asked.seed, price_factor=PRICE_FACTOR, billing_lag=BILLING_LAG,
             balance=1e6, provision=0.2, start=0.2, grace=5,
         ))  # fmt: skip
-        tiny = make_tiny(folder / "project", _tiny_base(folder / "cache-of-tiny"))
+        tiny = make_tiny(folder / "project", tiny_base_in(folder / "cache-of-tiny"))
         sweep = Sweep(tiny, cloud, _environment(tiny.person.project, s3, cloud), random.Random(asked.seed))
         _submit(sweep, asked, folder)
         share = max(1, asked.at_once // DRIVERS)
@@ -286,7 +285,7 @@ def _recipe(max_usd: float) -> Finetune:
     })  # fmt: skip
 
 
-def _tiny_base(cache: Path) -> TinyBase:
+def tiny_base_in(cache: Path) -> TinyBase:
     """As the fixture of that name."""
     source = fetch_base(Project(root=cache, home=cache, cache=cache_folder()), Base(model=SMOL))
     target = cache / "models" / "local-tiny@1"
