@@ -42,6 +42,7 @@ from tests.conftest import ROOT, SMOL, TinyBase
 from tests.fakes.adapter_folder import lora_arrays, make_adapter
 from tests.fakes.runpod.started import Standin, standin
 from tests.flows.tiny_project import SHORT, Tiny, make_tiny
+from tests.tiny_base import save_tiny_base
 from tests.weed_server import WeedServer, weed_server
 
 GPUS = {"NVIDIA GeForce RTX 3070": 0.13, "NVIDIA GeForce RTX 4070 Ti": 0.19, "NVIDIA A40": 0.35}
