@@ -105,7 +105,7 @@ def _measure(bench: Bench, run_id: str, plan: State, result: State) -> None:
     """Keep what it really took, for the next plans. That it cannot be kept is no reason to fail a run that is done."""
     recipe = bench.recipe(run_id)
     try:
-        card, memory = _trained_on(bench, run_id, plan)
+        card, memory = _trained_on(bench, run_id, plan, result)
         looked = look(bench.project, recipe, python=bench.settings.trainer_python)
         row = of_result(wish_of(recipe, looked.histogram, looked.config), card, memory, result)
     except FtError as error:
@@ -115,14 +115,14 @@ def _measure(bench: Bench, run_id: str, plan: State, result: State) -> None:
             note_measured(bench.store, run_id, row)
 
 
-def _trained_on(bench: Bench, run_id: str, plan: State) -> tuple[str, int]:
-    """The card's title and bytes."""
+def _trained_on(bench: Bench, run_id: str, plan: State, result: State) -> tuple[str, int]:
+    """The card's title and bytes; of a pod's, what the trainer found in it counts."""
     if not plan.get("rent"):
         card = pick_card(plan["card"])
         return card.title if not card.is_cpu else "cpu", card.memory
     gpu = rentals(bench.store, job=run_id)[-1].gpu
     profile = by_runpod_id(gpu)
-    return gpu, int(profile.memory_gib * GIB) if profile else 0
+    return str(result.get("card") or gpu), int(profile.memory_gib * GIB) if profile else 0
 
 
 def _card_wanted(bench: Bench, plan: State) -> AbstractContextManager[None]:
