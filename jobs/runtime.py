@@ -158,12 +158,12 @@ def _resume(store: Store, run: runs.Run, others: Container[str]) -> None:
 
     One that was planned for a card of a host that is lost by now is planned again.
     """
-    if run.active and _status(run.id) not in TERMINAL:
+    status = _status(run.id)
+    if (run.active and status not in TERMINAL) or run.state in ("succeeded", "refused"):
         runs.clear_wish(store, run.id, "resume")
         return
-    if run.state in ("succeeded", "refused"):
-        runs.clear_wish(store, run.id, "resume")
-        return
+    if status is not None and status not in TERMINAL:
+        return  # a child wrote the failure down; its parent is about to, and would fail the run that was resumed
     host = run.result.get("host", host_id())
     start = _first_unfinished(run.id) if host == host_id() or host in others else _planning(run.id)
     runs.reopen(store, run.id)

@@ -55,7 +55,6 @@ def _measured(tiny: Tiny, cloud: Standin, environment: dict[str, str]) -> dict[s
         created = _created(cloud, number)
         whole.append(created - began)
         behind_row.append(created - runs.get(tiny.store, run_id).created)
-        _ft(tiny, environment, "cancel", run_id)
     # The first round starts the worker, counts the tokens and asks for prices.
     return {"first": _shown(whole[:1]), "ft_run_to_create_s": _shown(whole[1:]),
             "row_to_create_s": _shown(behind_row[1:]), "ft_plan_s": _shown(plans[1:])}  # fmt: skip
