@@ -331,7 +331,7 @@ def test_while_the_store_is_locked_it_says_503_before_github_gives_up(mine: Rece
 
 FULL = """
 import os, resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
