@@ -225,7 +225,7 @@ def layer_bytes(geometry: Geometry, training: Training) -> int:
 
     Eager: two norms in 32 bits; the inputs of q, k, v, o, gate and up that the adapter's gradient needs; q, k, v; and
     the MLP's gate, its activation, up and their product. Flash attention keeps no scores. With TRL, PEFT and
-    bitsandbytes this is what autograd really saves (tests/registry/test_saved_tensors.py).
+    bitsandbytes this is what autograd really saves (tests/jobs/test_saved_tensors.py).
     """
     hidden, inner = geometry.hidden, geometry.intermediate * geometry.active_experts
     attention = (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
