@@ -88,8 +88,7 @@ class PodJob:
     def _work(self) -> None:
         """Set up, then train: in a thread of its own, because neither may keep the watchdog from looking."""
         try:
-            if pod := os.environ.get("RUNPOD_POD_ID"):
-                self._patiently(lambda: self.remote.sign(pod))
+            self._patiently(self.remote.sign)
             why = self._why_not() or self._set_up() or self._train()
         except LeaseLost:
             why = "another pod has the job"
@@ -155,6 +154,8 @@ class PodJob:
         sending.join(max(0.0, end - time.monotonic()))
 
     def _send_last(self, reason: str) -> None:
+        with suppress(BucketError):  # one that ends before it has begun costs as well
+            self.remote.sign()
         if self.mirror:
             self.mirror.over.set()
             self.mirror.finished.wait()

@@ -18,31 +18,21 @@ IN_BUCKET = {"FT_CLAIMS": "bucket"}
 
 def pod_bucket(settings: Settings) -> Bucket:
     """The bucket with the key that pods get. Raises BucketError if there is none, or if it is our own."""
-    fix = (
-        "make a key that reaches this bucket only, and set it as FT_POD_S3_ACCESS_KEY and FT_POD_S3_SECRET_KEY in .env"
-    )
-    key, secret = settings.pod_s3_access_key, settings.pod_s3_secret_key
-    if not key or not secret:
-        raise BucketError("pods have no key for the bucket", place="pod_s3_access_key, pod_s3_secret_key", fix=fix)
-    own = {settings.s3_access_key, settings.s3_secret_key, os.environ.get("AWS_ACCESS_KEY_ID", ""),
-           os.environ.get("AWS_SECRET_ACCESS_KEY", "")}  # fmt: skip
-    if key in own or secret in own:
-        raise BucketError("the key for pods is our own key: a pod is somebody else's machine",
-                          place="pod_s3_access_key, pod_s3_secret_key", fix=fix)  # fmt: skip
+    key, secret = _pods_key(settings)
     return open_bucket(settings.model_copy(update={"s3_access_key": key, "s3_secret_key": secret}))
 
 
 def pod_env(settings: Settings, job_id: str, attempt: int) -> dict[str, str]:
     """The environment of a job's pod: where its job lies, and the pods' own key. Nothing of the account is in it."""
-    pod_bucket(settings)
+    key, secret = _pods_key(settings)
     return {
         "FT_JOB": job_id,
         "FT_ATTEMPT": str(attempt),
         "FT_BUCKET": settings.bucket,
         "FT_S3_ENDPOINT": settings.s3_endpoint,
         "FT_S3_REGION": settings.s3_region,
-        "FT_S3_ACCESS_KEY": settings.pod_s3_access_key,
-        "FT_S3_SECRET_KEY": settings.pod_s3_secret_key,
+        "FT_S3_ACCESS_KEY": key,
+        "FT_S3_SECRET_KEY": secret,
         "FT_RUNPOD_URL": settings.runpod_url,
         "FT_POD_START_SECONDS": str(settings.pod_start_seconds),
     }
@@ -61,3 +51,18 @@ def job_of_pod() -> JobBucket:
 def claims_of(job: JobFolder) -> Claims:
     """Where the trainer of this folder claims its job: in the bucket, if a pod has started it; in the folder else."""
     return job_of_pod() if IN_BUCKET.items() <= os.environ.items() else job
+
+
+def _pods_key(settings: Settings) -> tuple[str, str]:
+    fix = (
+        "make a key that reaches this bucket only, and set it as FT_POD_S3_ACCESS_KEY and FT_POD_S3_SECRET_KEY in .env"
+    )
+    key, secret = settings.pod_s3_access_key, settings.pod_s3_secret_key
+    if not key or not secret:
+        raise BucketError("pods have no key for the bucket", place="pod_s3_access_key, pod_s3_secret_key", fix=fix)
+    own = {settings.s3_access_key, settings.s3_secret_key, os.environ.get("AWS_ACCESS_KEY_ID", ""),
+           os.environ.get("AWS_SECRET_ACCESS_KEY", "")}  # fmt: skip
+    if key in own or secret in own:
+        raise BucketError("the key for pods is our own key: a pod is somebody else's machine",
+                          place="pod_s3_access_key, pod_s3_secret_key", fix=fix)  # fmt: skip
+    return key, secret

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ GONE = {"NoSuchKey", "404"}
 CHANGED = {"PreconditionFailed", "412", "ConditionalRequestConflict", *GONE}
 WRONG_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "401"}
 KEYS_FIX = "set FT_S3_ACCESS_KEY and FT_S3_SECRET_KEY in .env to a key that may read, write and list this bucket"
+
+_making = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -224,28 +228,37 @@ CONDITIONS_FIX = (
 )
 
 
-def _client(settings: Settings, attempts: int) -> Any:
+@cache
+def _session() -> Any:
+    """One for all clients of this process: with its own, each client read botocore's model of S3 again, for 0.1 s."""
     import boto3
+
+    return boto3.session.Session()
+
+
+def _client(settings: Settings, attempts: int) -> Any:
     from botocore.config import Config
 
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=settings.s3_endpoint or None,
-        region_name=settings.s3_region if settings.s3_endpoint or settings.s3_region != "auto" else None,
-        aws_access_key_id=settings.s3_access_key or None,
-        aws_secret_access_key=settings.s3_secret_key or None,
-        config=Config(
-            signature_version="s3v4",
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"total_max_attempts": attempts, "mode": "standard"},
-            max_pool_connections=2 * AT_ONCE,
-            s3={"addressing_style": "path"} if settings.s3_endpoint else {},
-            # Other makers' endpoints refuse the checksums that boto3 sends since 1.36.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
+    config = Config(
+        signature_version="s3v4",
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        retries={"total_max_attempts": attempts, "mode": "standard"},
+        max_pool_connections=2 * AT_ONCE,
+        s3={"addressing_style": "path"} if settings.s3_endpoint else {},
+        # Other makers' endpoints refuse the checksums that boto3 sends since 1.36.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
     )
+    with _making:  # a session is not safe to use from several threads; its clients are
+        return _session().client(
+            "s3",
+            endpoint_url=settings.s3_endpoint or None,
+            region_name=settings.s3_region if settings.s3_endpoint or settings.s3_region != "auto" else None,
+            aws_access_key_id=settings.s3_access_key or None,
+            aws_secret_access_key=settings.s3_secret_key or None,
+            config=config,
+        )
 
 
 def _refused(doing: str, code: str, said: str, bucket: Bucket) -> BucketError:

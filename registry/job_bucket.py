@@ -140,9 +140,9 @@ class JobBucket:
         found = self.bucket.get(f"{self.root}/stop.json")
         return str(json.loads(found.body)["reason"]) if found else None
 
-    def sign(self, pod: str) -> None:
+    def sign(self) -> None:
         """A pod's side: it was here, whatever becomes of it."""
-        self.bucket.put(f"{self.root}/pods/{self.attempt:04d}-{pod}", b"")
+        self.bucket.put(f"{self.root}/pods/{self.attempt:04d}-{self.pod}", b"")
 
     def signed(self) -> list[tuple[int, str]]:
         """Attempt and id of every pod that was here."""

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jobs.cloud_checks import pod_image
@@ -80,7 +81,8 @@ class RunPodPod:
         with closing(pod_bucket(self.settings)) as theirs:
             theirs.check()
         remote.push(job, self.rent.base)
-        rent(self.store, self.cloud, self._wish(job), self._order(job), settle_seconds=self.settings.settle_seconds)
+        order = partial(self._order, job)
+        rent(self.store, self.cloud, self._wish(job), order, settle_seconds=self.settings.settle_seconds)
         self._silence, self._seen, self._permitted = LeaseWatch(), None, float("-inf")
         return True
 
@@ -138,8 +140,18 @@ class RunPodPod:
             max_usd=self.rent.max_usd, reserve_usd=self.rent.reserve_usd, disk_gb=self.rent.terms.disk_gb,
         )  # fmt: skip
 
-    def _order(self, job: JobFolder) -> _OrderOf:
-        return _OrderOf(self, job)
+    def _order(self, job: JobFolder, rental: Rental) -> PodOrder:
+        """The order for a rental. Its permit is written first: a pod that finds none ends itself."""
+        settings, terms = self.settings, self.rent.terms
+        _write_permit(self.store, self._remote(job), rental)
+        more = {"HF_TOKEN": self.rent.token} if self.rent.token else {}
+        if terms.network_volume:  # base models stay there for the next pod
+            more["FT_CACHE"] = f"{VOLUME_PATH}/ft-cache"
+        return PodOrder(
+            name=rental.name, image=pod_image(settings, terms), gpu=rental.gpu, cloud=rental.cloud,
+            env={**pod_env(settings, job.name, rental.attempt), **more}, args=self.command, disk_gb=terms.disk_gb,
+            data_centers=tuple(terms.data_centers), network_volume=terms.network_volume, min_cuda=terms.min_cuda,
+        )  # fmt: skip
 
     def _pull(self, job: JobFolder) -> None:
         """Bring the mirror up to date, now and then. A bucket that is away is no reason to lose the pod."""
@@ -199,10 +211,11 @@ class RunPodPod:
 
     def _permit(self, job: JobFolder, rental: Rental) -> None:
         """Write how long what was reserved pays for, as it is known now: prices and budgets change."""
-        if time.monotonic() - self._permitted < PERMIT_SECONDS:
+        grown = self._lengthened(rental)
+        if grown is rental and time.monotonic() - self._permitted < PERMIT_SECONDS:
             return
         with suppress(BucketError):  # then the pod goes by the permit that it has
-            _write_permit(self.store, self._remote(job), self._lengthened(rental))
+            _write_permit(self.store, self._remote(job), grown)
             self._permitted = time.monotonic()
 
     def _lengthened(self, rental: Rental) -> Rental:
@@ -221,26 +234,6 @@ class RunPodPod:
 
     def _remote(self, job: JobFolder) -> JobBucket:
         return JobBucket(self.bucket, job.name)
-
-
-class _OrderOf:
-    """The order for a rental. Its permit is written first: a pod that finds none ends itself."""
-
-    def __init__(self, target: RunPodPod, job: JobFolder) -> None:
-        self.target, self.job = target, job
-
-    def __call__(self, rental: Rental) -> PodOrder:
-        settings, terms = self.target.settings, self.target.rent.terms
-        _write_permit(self.target.store, JobBucket(self.target.bucket, self.job.name), rental)
-        more = {"HF_TOKEN": self.target.rent.token} if self.target.rent.token else {}
-        if terms.network_volume:  # base models stay there for the next pod
-            more["FT_CACHE"] = f"{VOLUME_PATH}/ft-cache"
-        return PodOrder(
-            name=rental.name, image=pod_image(settings, terms), gpu=rental.gpu, cloud=rental.cloud,
-            env={**pod_env(settings, self.job.name, rental.attempt), **more}, args=self.target.command,
-            disk_gb=terms.disk_gb, data_centers=tuple(terms.data_centers), network_volume=terms.network_volume,
-            min_cuda=terms.min_cuda,
-        )  # fmt: skip
 
 
 def _write_permit(store: Store, remote: JobBucket, rental: Rental) -> None:

@@ -223,6 +223,39 @@ def _first_steps(job: JobFolder) -> list[int]:
     return [found[epoch] for epoch in sorted(found)]
 
 
+@pytest.mark.parametrize("steps", [1200])
+def test_a_trainer_that_works_but_slower_than_its_plan_gets_what_the_run_has_left(
+    steps: int, project: Project, store: Store, job: JobFolder, trainer: str, s3: WeedServer, tmp_path: Path
+) -> None:
+    # 40 dollars an hour: 0.45 dollars pay for 40 s, and the 1200 steps take more than 60.
+    rent = _rent(project, terms=CloudTerms(max_usd_per_hour=50), usd_per_hour=40.0, reserve_usd=0.45, max_usd=4.0)
+    with (
+        standin(tmp_path / "cloud", provision=0.1, start=0.1, grace=5, price_factor=100) as cloud,
+        _in_pod(store, job, trainer, cloud, s3, rent) as place,
+    ):
+        place.target.launch(job.path)
+        done = place.until("done", seconds=200)
+        assert (done.result["status"], done.result["steps"]) == ("ok", steps)
+        assert [each.reserved_usd for each in rentals.rentals(store)] == [pytest.approx(4.0)]
+
+
+def test_a_pod_that_was_made_twice_is_on_the_books_though_no_list_was_read(
+    project: Project, store: Store, job: JobFolder, trainer: str, s3: WeedServer, tmp_path: Path
+) -> None:
+    twice: dict[str, Any] = {"fault": "duplicate", "match": "POST /v2/pods", "times": 1}
+    with (
+        standin(tmp_path / "cloud", rules=[twice], provision=0.1, start=0.1, grace=5) as cloud,
+        _in_pod(store, job, trainer, cloud, s3, _rent(project)) as place,
+    ):
+        place.target.launch(job.path)
+        place.until("done")
+        cloud.until(lambda truth: not any(each["alive"] for each in truth["pods"]), seconds=120)
+        place.target.fetch(job.path, tmp_path / "fetched")
+        made = {each["id"] for each in cloud.truth()["pods"]}
+        assert len(made) == 2
+        assert {each.pod for each in rentals.rented_pods(store)} == made
+
+
 @pytest.mark.parametrize("steps", [2000])
 def test_a_pod_ends_with_its_permit_whoever_is_dead_here(
     steps: int, project: Project, store: Store, job: JobFolder, trainer: str, s3: WeedServer, tmp_path: Path

@@ -341,6 +341,12 @@ def test_permit_and_stop_are_seen_on_the_other_side(bucket: JobBucket, job: JobF
     assert bucket.end_note(3) == "the permit is over"
 
 
+def test_a_pod_that_was_here_has_signed(bucket: JobBucket) -> None:
+    for pod in ("abc", "a-b", "abc"):
+        JobBucket(bucket.bucket, "job", attempt=3, pod=pod).sign()
+    assert bucket.signed() == [(3, "a-b"), (3, "abc")]
+
+
 def test_a_pod_gets_a_key_of_its_own_and_nothing_of_ours(s3: WeedServer) -> None:
     settings = s3.settings("desk", runpod_api_key="rpa_account", receiver_token="token")
     env = pod_env(settings, "support-1", 2)
