@@ -98,6 +98,7 @@ def _task(job: JobFolder, claim: Claim) -> Task:
         base_digest=base.digest,
         epoch=claim.epoch,
         report=claim.report,
+        ship=claim.flush,
         stop=claim.stop_reason,
     )
 

@@ -10,6 +10,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -24,6 +25,7 @@ from registry.store import Store, open_store
 # Once, in CI with more work than cores, `ft rollback` was still in MLflow (or ending) after nine minutes.
 PATIENCE_SECONDS = 120.0
 CONNECT_SECONDS = 5.0
+WAIT_SECONDS = 0.2
 
 
 def mirror(store: Store, tracker: Tracker, model: str) -> int:
@@ -74,8 +76,8 @@ def mirror_model(project: Project, store: Store, model: str) -> int:
 def main() -> None:
     """Tell MLflow of the model that is named; an error goes to standard output, as JSON in the last line."""
     try:
-        project = find_project()
-        mirror_model(project, open_store(project), sys.argv[1])
+        project, model = find_project(), sys.argv[1]
+        _until_told(project, open_store(project), model)
     except FtError as error:
         print(json.dumps(error.as_dict()), flush=True)
         sys.exit(error.exit_code)
@@ -85,6 +87,16 @@ def tracker_of(project: Project, store: Store, model: str) -> Tracker:
     """The MLflow of the model's newest version."""
     newest = adapters.versions(store, model)[-1]
     return tracker_for(project, Finetune.model_validate(newest.body["recipe"]))
+
+
+def _until_told(project: Project, store: Store, model: str) -> None:
+    """Whoever started this process ends it. What a worker is telling at this moment is waited for: in CI a rollback's
+    command once ended between the worker's two aliases, and MLflow's champion still was the version before it."""
+    tracker = tracker_of(project, store, model)
+    mirror(store, tracker, model)
+    while any(name == model for name, _, _ in adapters.unprojected_aliases(store)):
+        time.sleep(WAIT_SECONDS)
+        mirror(store, tracker, model)
 
 
 def _refuse_if_away(uri: str) -> None:

@@ -13,7 +13,8 @@ from registry.recipe import Finetune
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at a job. `report` takes a progress line; `stop` says why to stop, None to go on."""
+    """One attempt at a job. `report` takes a progress line, `ship` puts on disk what was reported; `stop` says why to
+    stop, None to go on."""
 
     job: JobFolder
     recipe: Finetune
@@ -21,6 +22,7 @@ class Task:
     base_digest: str
     epoch: int
     report: Callable[[dict[str, Any]], None]
+    ship: Callable[[], None]
     stop: Callable[[], str | None]
 
 

@@ -306,6 +306,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         target = self.task.job.checkpoints / f"{self.task.epoch:04d}-{state.global_step}"
         if saved.is_dir() and not target.exists():
+            # Nobody takes these steps again: what a trainer killed just after this had not shipped would be lost.
+            self.task.ship()
             write_manifest(saved, step=state.global_step, **_batch_and_card(self.task))
             target.parent.mkdir(exist_ok=True)
             saved.replace(target)

@@ -265,6 +265,8 @@ def test_kill_9_and_the_next_trainer_goes_on_from_the_last_whole_checkpoint(make
     whole = int(job.folder.complete_checkpoints()[0].name.split("-")[1])
     assert run_job(job.folder) == OK
     assert job.begins() == [0, whole]
+    first = [line["step"] for line in job.folder.progress() if line["epoch"] == 1 and "loss" in line]
+    assert first[:whole] == list(range(1, whole + 1)), "nobody takes the steps of a checkpoint again"
     held = job.folder.lease()
     assert held is not None
     assert held.lease.epoch == 2

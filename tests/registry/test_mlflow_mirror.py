@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from registry import adapters
+from registry.alias_telling import begin_telling, end_telling
 from registry.errors import TrackerError
 from registry.mlflow_mirror import mirror, mirror_apart
 from registry.mlflow_store import Tracker
@@ -57,6 +59,25 @@ def test_aliases_and_the_verdict_are_told_once(project: Project, store: Store) -
     assert mirror(store, tracker, "m") == 0
     adapters.add_verdict(store, "m", 1, "fail", {"checks": []}, None)
     assert mirror(store, tracker, "m") == 1
+
+
+def test_what_a_worker_is_just_telling_is_waited_for(project: Project, store: Store) -> None:
+    tracker = known_to(project)
+    of_worker = begin_telling(store, "m", "champion")
+    assert of_worker is not None
+    command = threading.Thread(target=mirror_apart, args=[project, "m"], daemon=True)
+    command.start()
+    end = time.monotonic() + 60
+    while ("m", "candidate", 1) in adapters.unprojected_aliases(store):
+        assert time.monotonic() < end, "the rest is told meanwhile"
+        time.sleep(0.05)
+    command.join(timeout=1)
+    assert command.is_alive(), "MLflow's champion is not ours yet"
+    tracker.set_alias("m", "champion", 1)
+    end_telling(store, of_worker)
+    command.join(timeout=30)
+    assert not command.is_alive()
+    assert not adapters.unprojected_aliases(store)
 
 
 def test_a_tracker_that_refuses_is_told_later(project: Project, store: Store) -> None:
