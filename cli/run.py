@@ -76,12 +76,12 @@ def _show_what_it_costs(project: Project, store: Store, recipe: Recipe, *, yes: 
 
     settings = load_settings(project)
     if recipe.card == "runpod":
-        check_cloud(settings, recipe)
+        check_cloud(project, settings, recipe)
     placed = place(project, store, settings, recipe)
     if placed.rent is None or placed.judged is None:
         return
     if recipe.card != "runpod":
-        check_cloud(settings, recipe)
+        check_cloud(project, settings, recipe)
     verdict, here = placed.judged.verdict, placed.judged.candidate
     assert verdict.usd is not None
     if not quiet:

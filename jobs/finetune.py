@@ -21,7 +21,7 @@ from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
 from jobs.outages import through_outage
 from jobs.place import place, write_job
-from jobs.runtime import CLOUD, card_queue
+from jobs.runtime import card_queue
 from jobs.served import take_back, what_server_said
 from jobs.steps import BENCH, Bench, State, step
 from jobs.targets.local_card import LocalCard
@@ -57,7 +57,7 @@ async def finetune(run_id: str) -> State:
     try:
         await take_turn(run_id)
         plan = await make_plan(run_id, await pin_data(run_id))
-        trained = await _child(_training_queue(plan), train_on_card, run_id, plan)
+        trained = await _child(None if plan.get("rent") else _queue(plan), train_on_card, run_id, plan)
         version = await register(run_id, plan, trained)
         verdict, moved = await _judge_and_promote(run_id, plan, version)
         if moved:
@@ -285,18 +285,20 @@ async def _base_here(bench: Bench, recipe: Finetune) -> None:
     await bench.outside("set-up", asyncio.to_thread(fetch_base, bench.project, recipe.base))
 
 
-async def _child(queue: str, workflow: Callable[..., Coroutine[Any, Any, State]], run_id: str, *rest: State) -> State:
-    """Run a child on a queue; on a card's, one works at a time. What it said went wrong is in the run's row."""
-    handle: Any = await DBOS.enqueue_workflow_async(queue, workflow, run_id, *rest)
+async def _child(
+    queue: str | None, workflow: Callable[..., Coroutine[Any, Any, State]], run_id: str, *rest: State
+) -> State:
+    """Run a child on a card's queue, where one works at a time, or at once. What went wrong is in the run's row."""
+    handle: Any
+    if queue:
+        handle = await DBOS.enqueue_workflow_async(queue, workflow, run_id, *rest)
+    else:
+        handle = await DBOS.start_workflow_async(workflow, run_id, *rest)
     return dict(await handle.get_result(polling_interval_sec=WATCH_SECONDS))
 
 
 def _queue(plan: State) -> str:
     return card_queue(plan["card"], plan.get("host", ""))
-
-
-def _training_queue(plan: State) -> str:
-    return CLOUD if plan.get("rent") else _queue(plan)
 
 
 def _of_each(scores: State, field: str) -> State:

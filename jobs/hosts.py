@@ -51,7 +51,6 @@ class Post:
         """Paused cards of this host take no work; all are looked after more often while runs are on."""
         paused = {each for each in pauses(self.store) if each.startswith(f"{self.name}/")}
         if (wanted := (busy, paused)) != self._minded:
-            runtime.mind_cloud(busy=busy)
             for card in self.cards:
                 runtime.mind_card(card, busy=busy, is_open=f"{self.name}/{card.name}" not in paused)
             self._minded = wanted
@@ -75,11 +74,17 @@ class Post:
         workflow = DBOS.get_workflow_status(run.id)
         if run.wish or workflow is None or workflow.status in runtime.TERMINAL:
             return False
-        minded = "rented_by" if run.result.get("rent") else "host"
-        if run.result.get(minded) == lost and "/" not in str(run.body.get("card", "")):
+        if self._minded_there(run, lost, workflow.executor_id):
             runs.set_wish(self.store, run.id, "replan")
             return True
         if workflow.executor_id == lost:
             DBOS.resume_workflow(run.id, queue_name=runtime.CONTROL)
             return True
         return False
+
+    @staticmethod
+    def _minded_there(run: runs.Run, lost: str, executor: str | None) -> bool:
+        """Who rents for a run is in no queue: its child is where the parent is, and would be waited for for ever."""
+        if run.result.get("rent"):
+            return run.result.get("rented_by") == lost or (executor == lost and "training" not in run.result)
+        return run.result.get("host") == lost and "/" not in str(run.body.get("card", ""))

@@ -20,7 +20,7 @@ from registry.hosts import host_id, served_cards
 from registry.project import Project
 from registry.store import Store
 
-APP, VERSION, CONTROL, CLOUD = "ft-engine", "1", "control", "cloud"
+APP, VERSION, CONTROL = "ft-engine", "1", "control"
 # DBOS asks its queues again and again. Ten times a second took 9 % of a core, so they are asked so often only while
 # runs are on. New runs do not wait for it: they are started without a queue.
 BUSY_SECONDS, IDLE_SECONDS = 0.1, 1.0
@@ -39,8 +39,8 @@ def launch(project: Project, paused: Container[str] = ()) -> None:
     On `paused` cards (HOST/CARD) nothing begins.
     """
     project.home.mkdir(parents=True, exist_ok=True)
-    # A parent that waits for its turn holds no card, so "control" has no limit; what "cloud" rents has budgets.
-    queues: dict[str, int | None] = {CONTROL: None, CLOUD: None}
+    # A parent that waits for its turn holds no card, so "control" has no limit; what rents has budgets, and no queue.
+    queues: dict[str, int | None] = {CONTROL: None}
     queues |= {card_queue(card.name): int(f"{host_id()}/{card.name}" not in paused) for card in served_cards()}
     DBOS(config=_config(project))
     DBOS.listen_queues(list(queues))
@@ -84,12 +84,6 @@ def mind_card(card: Card, *, busy: bool, is_open: bool) -> None:
     queue = DBOS.retrieve_queue(card_queue(card.name))
     if queue:
         queue.set_worker_concurrency(int(is_open))
-        queue.set_polling_interval_sec(BUSY_SECONDS if busy else IDLE_SECONDS)
-
-
-def mind_cloud(*, busy: bool) -> None:
-    """How often the queue of what is trained on rented pods is asked."""
-    if queue := DBOS.retrieve_queue(CLOUD):
         queue.set_polling_interval_sec(BUSY_SECONDS if busy else IDLE_SECONDS)
 
 

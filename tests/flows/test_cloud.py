@@ -67,6 +67,22 @@ def test_nobody_is_there_to_be_asked_so_nothing_is_rented(tiny: Tiny, cloud: Sta
     assert rentals(tiny.store) == []
 
 
+def test_what_was_well_is_not_asked_again_at_once(tiny: Tiny, cloud: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tiny)
+    tiny.person.ft("run", "recipes/m.yaml", exits=2)
+    asked = len(cloud.requests("GET", "/v2/catalog/gpus"))
+    assert asked
+    tiny.person.ft("run", "recipes/m.yaml", exits=2)
+    assert len(cloud.requests("GET", "/v2/catalog/gpus")) == asked
+    kept = tiny.person.project.home / "cloud-checked.json"
+    assert cloud.environment["FT_RUNPOD_API_KEY"] not in kept.read_text()
+    write(tiny, cloud={"gpus": ["NVIDIA A4000000"]})
+    assert "RunPod has no card 'NVIDIA A4000000'" in tiny.person.ft("run", "recipes/m.yaml", exits=2)
+    monkeypatch.setenv("FT_RUNPOD_API_KEY", "rpa_wrong")
+    write(tiny)
+    tiny.person.ft("run", "recipes/m.yaml", exits=1)
+
+
 BAD: list[tuple[dict[str, Any], dict[str, str], int, str]] = [
     ({}, {"FT_RUNPOD_API_KEY": ""}, 1, "no RunPod key"),
     ({}, {"FT_RUNPOD_API_KEY": "rpa_wrong"}, 1, "key"),
