@@ -29,7 +29,9 @@ from registry.recipe import load_recipe
 from registry.store import Store, open_store
 from tests.conftest import TinyBase, started
 from tests.dvc_projects import make_project, write_splits
+from tests.fakes.runpod.started import standin
 from tests.postgres_server import PostgresServer
+from tests.weed_server import WeedServer
 
 LIMIT_SECONDS = 240.0
 
@@ -163,6 +165,34 @@ def test_a_lost_hosts_run_goes_on_at_another_from_its_checkpoint(site: Site, tin
     assert [step.attempt for step in runs.steps(site.store, run.id) if step.name == "plan"] == [1, 2]
     site.ft("b", "cancel", run.id)
     assert runs.get(site.store, run.id).state == "cancelled"
+
+
+@pytest.mark.training
+def test_the_pod_of_a_lost_host_is_taken_over_as_it_is(
+    site: Site, tiny_base: TinyBase, s3: WeedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_version(site.project, "tiny", partial(write_splits, rows=40), replace=False)
+    path = write_recipe(
+        site.project, "tiny", base={"model": str(tiny_base.folder), "licence": "Apache-2.0"}, card="runpod",
+        cloud={"gpus": ["NVIDIA A40"], "max_usd_per_hour": 0.5}, budget={"max_usd": 1.0},
+        train={"quantize": "none", "batch": 2, "max_steps": 300, "checkpoint_steps": 10, "max_length": 128,
+               "lora": {"rank": 8}},
+    )  # fmt: skip
+    cloud = site.stack.enter_context(standin(tmp_path / "cloud", provision=0.1, start=0.1, grace=5))
+    for name, value in {**s3.environment(tmp_path.name), **cloud.environment, "FT_RUNPOD_IMAGE": "ft"}.items():
+        monkeypatch.setenv(name, value)
+    first = site.host("a")
+    site.host("b")
+    run = runs.submit(site.store, **_row(load_recipe(path), path))
+    job = JobFolder(site.project.job_folder(run.id))
+    site.wait(lambda: any("loss" in line for line in job.progress()), "the pod trains")
+    assert runs.get(site.store, run.id).result["rented_by"] == "a"
+    os.killpg(first.pid, signal.SIGKILL)
+    site.wait(lambda: runs.get(site.store, run.id).result.get("version"), "the version of host b")
+    assert runs.get(site.store, run.id).result["rented_by"] == "b"
+    assert len(cloud.truth()["pods"]) == 1, "the pod went on all the while"
+    assert {line["epoch"] for line in job.progress()} == {1}
+    site.ft("b", "cancel", run.id)
 
 
 def test_a_paused_card_lets_nothing_begin(site: Site, tiny_base: TinyBase) -> None:
