@@ -28,7 +28,8 @@ DISK_USD_PER_GB_HOUR = 0.10 / 730
 class RentedPod:
     """A pod that bore a name of ours. `billed_usd` is what RunPod says, which counts alone once it is `final`.
 
-    `job` and `recipe` are '' for a pod that the ledger does not know.
+    `job` and `recipe` are '' for a pod that the ledger does not know. What is no pod but costs as well is of another
+    `kind`, and costs what was billed.
     """
 
     pod: str
@@ -40,6 +41,7 @@ class RentedPod:
     final: bool
     job: str = ""
     recipe: str = ""
+    kind: Literal["pod", "endpoint"] = "pod"
 
     def usd(self, now: float) -> float:
         """The bill where it is final; until then what was measured, or billed already if that is more."""

@@ -98,17 +98,23 @@ def book(rows: Rows, now: float, job: str = "", *, endpoints: bool = True) -> tu
     """
     month = decide.start_of("month", now)
     found = rows(f"{POD_ROWS} WHERE p.ended IS NULL OR p.ended >= ? OR r.job = ?", (month, job))
-    pods = [pod_of(dict(row)) for row in found] + (_endpoints(rows, month) if endpoints else [])
+    pods = [pod_of(dict(row)) for row in found] + (endpoint_costs(rows, month) if endpoints else [])
     open_ = [rental_of(dict(row)) for row in rows(f"SELECT * FROM rentals WHERE {OPEN}", ())]
     return pods, [_held(each, pods, now) for each in open_]
 
 
-def _endpoints(rows: Rows, month: float) -> list[RentedPod]:
-    """Serverless endpoints count in the day and the month as well: what RunPod billed, spread over their life."""
-    found = rows("SELECT * FROM endpoints WHERE ended IS NULL OR ended >= ?", (month,))
-    return [
-        RentedPod(row["id"], row["name"], 0.0, row["created"], row["ended"], row["billed_usd"], True) for row in found
-    ]
+def endpoint_costs(rows: Rows, since: float = 0.0, *, complete: float = 0.0) -> list[RentedPod]:
+    """Serverless endpoints that were on after `since`: what RunPod has billed, spread over their life. The bill of
+    those that ended before `complete` is final."""
+    found = rows("SELECT * FROM endpoints WHERE ended IS NULL OR ended >= ? ORDER BY created, id", (since,))
+    return [_endpoint(row, row["ended"] is not None and row["ended"] < complete) for row in found]
+
+
+def _endpoint(row: Any, final: bool) -> RentedPod:
+    name = f"endpoint {row['model']}"
+    return RentedPod(
+        row["id"], row["name"], 0.0, row["created"], row["ended"], row["billed_usd"], final, name, name, "endpoint"
+    )
 
 
 def _held(rental: Rental, pods: Iterable[RentedPod], now: float) -> Reservation:
