@@ -1,4 +1,4 @@
-"""`ft cost`: what rented pods and endpoints have cost, and what the month will."""
+"""`ft cost`: what rented pods, endpoints and references have cost, and what the month will."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def cost(
     forecast: Annotated[bool, typer.Option("--forecast", help="What this month will have cost")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """Show what rented pods and endpoints have cost: by RunPod's bill where it is final, else as measured or as it was
-    billed last (marked with ~).
+    """Show what pods, endpoints and asked references have cost: by RunPod's bill where it is final, else as measured or
+    as it was billed last (marked with ~).
 
     Example: ft cost --by month
     """
@@ -45,15 +45,15 @@ def cost(
 
 
 def _costs(store: Store, *, was_asked: bool) -> list[RentedPod]:
-    """Pods and endpoints. Whether an endpoint's bill is final nobody knows where RunPod was not asked."""
+    """Pods, endpoints, references. Whether an endpoint's bill is final nobody knows where RunPod was not asked."""
     import time
 
     from jobs.pod_reaper import FINAL_SECONDS
     from registry.rentals import rented_pods
-    from registry.spending import endpoint_costs
+    from registry.spending import charge_costs, endpoint_costs
 
     complete = time.time() - FINAL_SECONDS if was_asked else 0.0
-    return rented_pods(store) + endpoint_costs(store.read, complete=complete)
+    return rented_pods(store) + endpoint_costs(store.read, complete=complete) + charge_costs(store.read)
 
 
 def _read_bill(store: Store, settings: Settings) -> bool:

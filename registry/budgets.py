@@ -41,7 +41,7 @@ class RentedPod:
     final: bool
     job: str = ""
     recipe: str = ""
-    kind: Literal["pod", "endpoint"] = "pod"
+    kind: Literal["pod", "endpoint", "reference"] = "pod"
 
     def usd(self, now: float) -> float:
         """The bill where it is final; until then what was measured, or billed already if that is more."""
@@ -92,7 +92,7 @@ def run_cap(max_usd: float | None, budgets: Budgets, place: str = "") -> float:
     if caps := [each for each in (budgets.day_usd, budgets.month_usd) if each is not None]:
         return min(caps)
     raise BudgetError(
-        "nothing says what this run may cost, so nothing is rented", place=place,
+        "nothing says what this run may cost, so nothing is paid for", place=place,
         fix="write `budget: {max_usd: 5}` into the recipe, or `budgets: {run_usd: 5, month_usd: 50}` into ft.yaml",
     )  # fmt: skip
 
@@ -148,6 +148,12 @@ def reservation(wanted_usd: float | None, usd_per_hour: float, found: Sequence[C
         return Refused(run, usd)
     over = [each for each in found[1:] if each.used_usd + usd > each.cap_usd + ROUNDING_USD]
     return Refused(over[0], usd) if over else usd
+
+
+def beyond(usd: float, found: Sequence[Cap]) -> Refused | None:
+    """The first budget that has not so much left."""
+    over = [each for each in found if each.used_usd + usd > each.cap_usd + ROUNDING_USD]
+    return Refused(over[0], usd) if over else None
 
 
 def percents_reached(cap: Cap) -> list[int]:

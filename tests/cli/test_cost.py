@@ -12,6 +12,7 @@ import pytest
 from jobs.pod_reaper import Reaper
 from registry import ledger
 from registry.budgets import RentedPod
+from registry.charges import Payer, reserved
 from registry.cloud_terms import Budgets
 from registry.costs import NOT_KNOWN, forecast, lines
 from registry.ledger import Intent
@@ -158,3 +159,21 @@ def test_what_runpod_bills_for_an_endpoint_is_in_ft_cost(project: Project, store
     assert f"${last:.2f} in all" in gone.stdout
     store.note("UPDATE endpoints SET ended = ?", (time.time() - 30 * HOUR,))
     assert json.loads(ft(project, "cost", "--json", **cloud.environment).stdout)["measured_usd"] == last
+
+
+def test_what_a_reference_was_asked_for_is_in_its_runs_row(project: Project, store: Store) -> None:
+    rental = ledger.intend(
+        store, Intent("tickets-1", "tickets", "support", "NVIDIA A40", "secure", 0.5), Budgets(run_usd=5)
+    )
+    ledger.note_live(store, rental.name, "p1", 0.5)
+    store.note("UPDATE rented_pods SET created = ?", (time.time() - 2 * HOUR,))
+    for run in ("tickets-1", "tickets-2"):
+        with reserved(Payer(store, run, "tickets", Budgets(run_usd=9)), "asking gpt", 0.5) as charge:
+            charge.spend(0.25)
+    told = {each["run"]: each for each in json.loads(ft(project, "cost", "--json").stdout)["lines"]}
+    assert (told["tickets-1"]["pods"], told["tickets-2"]["pods"]) == (1, 0)
+    assert told["tickets-1"]["usd"] == pytest.approx(1.25, abs=0.01)
+    assert told["tickets-2"]["usd"] == told["tickets-2"]["measured_usd"] == 0.25
+    by_month = ft(project, "cost", "--by", "month").stdout
+    assert "$1.50 in all" in by_month
+    assert "~1.50" in by_month
