@@ -91,6 +91,7 @@ def _as_dict(
             "rows": wish.rows, "of_rows": train.rows, "in_an_epoch": wish.tokens, "longest": train.longest,
             "median": train.quantile(0.5), "p95": train.quantile(0.95), "over_max_length": train.over(
                 recipe.train.max_length), "estimated": looked.histogram.estimated,
+            "packs": wish.count if recipe.train.packing else None,
         },
         "candidates": [_candidate(recipe, wish, each) for each in shown],
         "chosen": chosen.candidate.name if chosen else None,

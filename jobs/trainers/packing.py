@@ -38,7 +38,7 @@ def check_rows_stay_apart(model: Any) -> None:
     was_training = model.training
     model.eval()
     first, other, second = _three_rows(int(model.config.get_text_config().vocab_size))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
         beside, beside_other = (_logits(model, [each, second])[-ROW:] for each in (first, other))
     model.train(was_training)
     if float((beside - beside_other).abs().max()) > APART * float(beside.std()):

@@ -125,6 +125,12 @@ def test_a_step_on_packs_is_the_step_on_their_rows(make: Callable[..., Job]) -> 
     assert found[2] == pytest.approx(found[0], rel=0.01)
 
 
+def test_it_trains_in_4_bits_too(make: Callable[..., Job]) -> None:
+    job = make("nf4", packing=True, quantize="nf4", max_steps=2)
+    assert run_job(job.folder) == OK
+    assert result_of(job)["steps"] == 2
+
+
 def test_steps_are_those_of_the_plan_and_a_smoke_changes_nothing(tiny_base: TinyBase, make: Callable[..., Job]) -> None:
     there, found = lengths(tiny_base, 90), []
     for smoke in (True, False):
