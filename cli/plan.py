@@ -91,6 +91,7 @@ def _as_dict(
             "rows": wish.rows, "of_rows": train.rows, "in_an_epoch": wish.tokens, "longest": train.longest,
             "median": train.quantile(0.5), "p95": train.quantile(0.95), "over_max_length": train.over(
                 recipe.train.max_length), "estimated": looked.histogram.estimated,
+            "packs": wish.count if recipe.train.packing else None,
         },
         "candidates": [_candidate(recipe, wish, each) for each in shown],
         "chosen": chosen.candidate.name if chosen else None,
@@ -121,8 +122,9 @@ def _about(recipe: Recipe, looked: Looked, wish: Wish) -> str:
     train, about = looked.histogram.splits["train"], "about " if looked.histogram.estimated else ""
     size = f"{wish.geometry.parameters / 1e9:.2g}B parameters"
     lengths = f"median {train.quantile(0.5)}, longest {train.longest}"
+    packed = f" in {about}{wish.count} packs of at most {recipe.train.max_length}" if recipe.train.packing else ""
     return (f"{recipe.base.model} ({size}), {recipe.train.quantize}, LoRA rank {recipe.train.lora.rank}; "
-            f"{wish.rows} rows with {about}{wish.tokens} tokens ({about}{lengths})")  # fmt: skip
+            f"{wish.rows} rows with {about}{wish.tokens} tokens ({about}{lengths}){packed}")  # fmt: skip
 
 
 def _row(recipe: Recipe, judged: Judged, chosen: Judged | None, shown: Sequence[Judged]) -> list[str]:
@@ -162,6 +164,7 @@ def _lines(looked: Looked, around: Around, shown: Sequence[Judged], chosen: Judg
         verdict = chosen.verdict
         yield f"`ft run` takes {chosen.candidate.name}: batch {verdict.batch} x accumulate {verdict.accumulate}, " \
               f"{verdict.steps} steps; limited by {verdict.limit}"  # fmt: skip
+        yield from (f"  {knob.text}" for knob in verdict.knobs if verdict.fits)
     for each in shown:
         if not each.verdict.fits and not each.candidate.why_not:
             yield f"{each.candidate.name}: {each.verdict.limit}"

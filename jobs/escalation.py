@@ -11,6 +11,7 @@ from jobs.evaluation.evaluate import EvalRequest
 from jobs.steps import Bench, State, step
 from registry import adapters, approvals, escalation, runs
 from registry.base_models import BaseModel
+from registry.charges import Payer
 from registry.cloud_terms import Escalation, ReferenceModel
 from registry.durations import seconds
 from registry.errors import FtError, StoreError
@@ -95,8 +96,10 @@ async def _ask(bench: Bench, run_id: str, plan: State, model: ReferenceModel) ->
 
     data = bench.project.job_folder(run_id) / "data"
     base, dataset = BaseModel(**plan["base"]), plan["dataset"]["hash"]
-    request = EvalRequest.made(bench.recipe(run_id), base, dataset, data, [])
-    return await score_reference(bench.store, model, request, progress)
+    recipe = bench.recipe(run_id)
+    request = EvalRequest.made(recipe, base, dataset, data, [])
+    payer = Payer(bench.store, run_id, recipe.name, bench.settings.budgets, recipe.budget.max_usd)
+    return await score_reference(payer, model, request, progress)
 
 
 def _other(bench: Bench, run_id: str, max_usd: float) -> Recipe:

@@ -59,6 +59,7 @@ def _less_memory(train: dict[str, Any]) -> list[str]:
     knobs = {
         "set train.quantize to nf4": train.get("quantize") == "none",
         "set train.checkpointing to true": train.get("checkpointing") is False,
+        "set train.packing to false": train.get("packing") is True,
         "shorten the longest rows and lower train.max_length": True,
         "on a GPU set train.optimizer to paged_adamw_8bit": train.get("optimizer", "adamw") == "adamw",
         "lower train.lora.rank": True,

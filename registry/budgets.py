@@ -28,7 +28,8 @@ DISK_USD_PER_GB_HOUR = 0.10 / 730
 class RentedPod:
     """A pod that bore a name of ours. `billed_usd` is what RunPod says, which counts alone once it is `final`.
 
-    `job` and `recipe` are '' for a pod that the ledger does not know.
+    `job` and `recipe` are '' for a pod that the ledger does not know. What is no pod but costs as well is of another
+    `kind`, and costs what was billed.
     """
 
     pod: str
@@ -40,6 +41,7 @@ class RentedPod:
     final: bool
     job: str = ""
     recipe: str = ""
+    kind: Literal["pod", "endpoint", "reference"] = "pod"
 
     def usd(self, now: float) -> float:
         """The bill where it is final; until then what was measured, or billed already if that is more."""
@@ -90,7 +92,7 @@ def run_cap(max_usd: float | None, budgets: Budgets, place: str = "") -> float:
     if caps := [each for each in (budgets.day_usd, budgets.month_usd) if each is not None]:
         return min(caps)
     raise BudgetError(
-        "nothing says what this run may cost, so nothing is rented", place=place,
+        "nothing says what this run may cost, so nothing is paid for", place=place,
         fix="write `budget: {max_usd: 5}` into the recipe, or `budgets: {run_usd: 5, month_usd: 50}` into ft.yaml",
     )  # fmt: skip
 
@@ -146,6 +148,12 @@ def reservation(wanted_usd: float | None, usd_per_hour: float, found: Sequence[C
         return Refused(run, usd)
     over = [each for each in found[1:] if each.used_usd + usd > each.cap_usd + ROUNDING_USD]
     return Refused(over[0], usd) if over else usd
+
+
+def beyond(usd: float, found: Sequence[Cap]) -> Refused | None:
+    """The first budget that has not so much left."""
+    over = [each for each in found if each.used_usd + usd > each.cap_usd + ROUNDING_USD]
+    return Refused(over[0], usd) if over else None
 
 
 def percents_reached(cap: Cap) -> list[int]:

@@ -52,12 +52,12 @@ def of_result(wish: Wish, card: str, memory: int, result: Mapping[str, Any]) -> 
     peak = result.get("peak_memory")
     if not batch or not wish.rows or not (peak or (tokens and seconds)):
         return None
-    batches = tokens / (batch * wish.tokens / wish.rows) if tokens else 0.0
+    batches = tokens / (batch * wish.tokens / wish.count) if tokens else 0.0
     return Measured(
         card=card, model=wish.model, stack=wish.stack, geometry=wish.geometry,
         training=training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack),
         peak=int(peak) if peak else None, step_seconds=seconds / batches if seconds and batches else None,
-        usual_length=padded_length(wish.lengths, batch), memory=memory,
+        usual_length=padded_length(wish.sequences, 1 if wish.train.packing else batch), memory=memory,
     )  # fmt: skip
 
 

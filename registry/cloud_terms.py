@@ -48,6 +48,25 @@ class ReferenceModel(Part):
     model: Text
     url: str = Field(description="Base URL with /v1", examples=["https://api.openai.com/v1"])
     key: str | None = Field(None, examples=["${OPENAI_API_KEY}"])
+    usd_per_million_input: float | None = Field(
+        None, ge=0, description="With usd_per_million_output: what it costs is reserved and counts in budgets"
+    )
+    usd_per_million_output: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _both_prices_or_none(self) -> ReferenceModel:
+        if (self.usd_per_million_input is None) != (self.usd_per_million_output is None):
+            raise ValueError("write both usd_per_million_input and usd_per_million_output, or neither")
+        return self
+
+    @property
+    def has_prices(self) -> bool:
+        return self.usd_per_million_input is not None
+
+    def usd(self, input_tokens: int, output_tokens: int) -> float:
+        """0 without prices."""
+        paid = input_tokens * (self.usd_per_million_input or 0.0) + output_tokens * (self.usd_per_million_output or 0.0)
+        return paid / 1e6
 
 
 # The tags' brackets keep them out of error messages (registry/recipe.py).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +17,12 @@ NOT_KNOWN = "(not in the ledger)"
 
 @dataclass(frozen=True)
 class Line:
-    """US dollars; of `usd`, `measured_usd` is not on a final bill yet."""
+    """US dollars; of `usd`, `measured_usd` is not on a final bill yet. `seconds` are of pods: endpoints are billed for
+    less than they are there."""
 
     name: str
     pods: int
+    endpoints: int
     seconds: float
     usd: float
     measured_usd: float
@@ -28,17 +30,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one month, US dollars: spent up to now, running pods until their permits end, and the trend of 30 days."""
+    """Of one month, US dollars: spent up to now, running pods until their permits end, endpoints' workers that are kept
+    awake, and the trend of 30 days."""
 
     month: str
     spent_usd: float
     running_usd: float
     trend_usd_per_day: float
     days_left: float
+    awake_usd: float = 0.0
 
     @property
     def usd(self) -> float:
-        return self.spent_usd + self.running_usd + self.trend_usd_per_day * self.days_left
+        return self.spent_usd + self.running_usd + self.awake_usd + self.trend_usd_per_day * self.days_left
 
 
 def lines(pods: Iterable[RentedPod], by: By, now: float) -> list[Line]:
@@ -51,14 +55,19 @@ def lines(pods: Iterable[RentedPod], by: By, now: float) -> list[Line]:
     return sorted(added, key=lambda each: each.name if by == "month" else (-each.usd, each.name))
 
 
-def forecast(pods: Iterable[RentedPod], running_usd: float, now: float) -> Forecast:
-    """What the month will have cost. `running_usd` is what open rentals will still take."""
-    pods = list(pods)
+def forecast(
+    pods: Iterable[RentedPod], running_usd: float, now: float, awake: Collection[tuple[str, float]] = ()
+) -> Forecast:
+    """What the month will have cost. `running_usd` is what open rentals will still take; `awake` are the ids of
+    endpoints that always have workers, with what those cost an hour: they are no habit, they go on."""
+    pods, ids = list(pods), {id_ for id_, _ in awake}
     first = min((each.created for each in pods), default=now)
     days = min(TREND_DAYS, max(LEAST_DAYS, (now - first) / DAY))
-    lately = sum(each.usd_between(now - days * DAY, now, now) for each in pods)
+    lately = sum(each.usd_between(now - days * DAY, now, now) for each in pods if each.pod not in ids)
     spent = sum(each.usd_between(start_of("month", now), now, now) for each in pods)
-    return Forecast(period_of("month", now), spent, running_usd, lately / days, (end_of("month", now) - now) / DAY)
+    left = (end_of("month", now) - now) / DAY
+    kept = sum(usd for _, usd in awake) * 24 * left
+    return Forecast(period_of("month", now), spent, running_usd, lately / days, left, kept)
 
 
 def _parts(pod: RentedPod, by: By, now: float) -> Iterator[tuple[str, float, float]]:
@@ -76,5 +85,7 @@ def _parts(pod: RentedPod, by: By, now: float) -> Iterator[tuple[str, float, flo
 
 def _line(name: str, parts: list[tuple[RentedPod, float, float]]) -> Line:
     measured = sum(usd for pod, usd, _ in parts if not pod.final)
-    seconds = sum(seconds for _, _, seconds in parts)
-    return Line(name, len(parts), seconds, sum(usd for _, usd, _ in parts), measured)
+    seconds = sum(seconds for pod, _, seconds in parts if pod.kind == "pod")
+    number = {kind: sum(pod.kind == kind for pod, _, _ in parts) for kind in ("pod", "endpoint")}
+    usd = sum(usd for _, usd, _ in parts)
+    return Line(name, number["pod"], number["endpoint"], seconds, usd, measured)

@@ -53,6 +53,11 @@ class Deployed:
         """May it have a worker?"""
         return self.ended is None and int(self.body.get("workers_max", 1)) > 0
 
+    @property
+    def awake_usd_per_hour(self) -> float:
+        """What its workers cost that never sleep, on the dearest card that they may get."""
+        return float(self.body.get("usd_per_worker", 0.0)) * int(self.body.get("workers_min", 0)) if self.is_on else 0.0
+
 
 @dataclass(frozen=True)
 class Loaded:

@@ -110,7 +110,7 @@ TYPES: dict[str, EventType] = {
         {"percent": WHOLE, "usd": NUMBER, "cap_usd": NUMBER, "period": TEXT},
     ),
     "budget.refused": EventType(
-        "a run would have gone beyond a budget, and nothing was rented", "run",
+        "a run would have gone beyond a budget, and nothing was rented or asked", "run",
         {"scope": TEXT, "usd": NUMBER, "cap_usd": NUMBER, "wanted_usd": NUMBER},
     ),
     "run.escalated": EventType(

@@ -156,6 +156,13 @@ MIGRATIONS = [
     ALTER TABLE questions RENAME TO approvals;
     CREATE INDEX approvals_open ON approvals (asked) WHERE answer IS NULL;
     """,
+    # What costs by use and not by the hour (registry/charges.py).
+    """
+    CREATE TABLE charges (
+        key TEXT PRIMARY KEY, run_id TEXT NOT NULL, recipe TEXT NOT NULL, what TEXT NOT NULL,
+        reserved_usd REAL NOT NULL, usd REAL NOT NULL DEFAULT 0, created REAL NOT NULL, ended REAL);
+    CREATE INDEX charges_by_run ON charges (run_id);
+    """,
 ]
 
 

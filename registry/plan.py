@@ -12,8 +12,9 @@ from typing import Any
 
 from registry.card_profiles import GIB
 from registry.geometry import Geometry
+from registry.packing import longest, packs
 from registry.plan_calibration import Corrected, Measured, correct
-from registry.plan_knobs import Knob, find_knobs
+from registry.plan_knobs import Knob, find_knobs, packing_knob
 from registry.plan_place import Place
 from registry.plan_serving import Served, ServeWish, plan_serving, plan_servings
 from registry.recipe import Train
@@ -57,10 +58,24 @@ class Wish:
         return sum(length * count for length, count in self.lengths)
 
     @property
-    def longest(self) -> int:
+    def longest_row(self) -> int:
         """Tokens of the longest row that the trainer would take."""
-        within = [length for length, _ in self.lengths if length <= self.train.max_length]
-        return max(within, default=self.train.max_length)
+        return longest(self.lengths, self.train.max_length)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of what a batch is made of, at most."""
+        return longest(self.lengths, self.train.max_length, packed=self.train.packing)
+
+    @property
+    def sequences(self) -> tuple[tuple[int, int], ...]:
+        """What a batch is made of, as `lengths`: rows, or packs of them."""
+        return packs(self.lengths, self.train.max_length) if self.train.packing else self.lengths
+
+    @property
+    def count(self) -> int:
+        """Rows, or packs of them."""
+        return sum(number for _, number in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -103,19 +118,25 @@ def plan_training(wish: Wish, place: Place, calibrations: Sequence[Measured] = (
     plans = [_planned(wish, place, corrected, batch, accumulate) for batch, accumulate in arrangements(wish.train)]
     fitting = [plan for plan in plans if plan.fits] or [plan for plan in plans if plan.tight]
     best = min(fitting, key=lambda plan: plan.seconds.mid) if fitting else plans[-1]
-    return best if best.fits else replace(best, knobs=_knobs(wish, place, corrected, best))
+    find = _faster if best.fits else _knobs
+    return replace(best, knobs=find(wish, place, corrected, best))
 
 
 def arrangements(train: Train) -> list[tuple[int, int]]:
     """Batch and accumulate that make exactly the effective batch that was asked for, the largest batch first."""
     if train.batch != "auto":
         return [(train.batch, train.accumulate)]
-    effective = train.effective_batch or EFFECTIVE_BATCH
+    return divisions(train.effective_batch or EFFECTIVE_BATCH)
+
+
+def divisions(effective: int) -> list[tuple[int, int]]:
+    """Batch and accumulate whose product it is, the largest batch first."""
     return [(batch, effective // batch) for batch in range(effective, 0, -1) if effective % batch == 0]
 
 
 def steps_of(train: Train, rows: int, batch: int, accumulate: int) -> int:
-    """Updates of the adapter, as transformers counts them: the last, smaller ones of an epoch are steps too."""
+    """Updates of the adapter, as transformers counts them: the last, smaller ones of an epoch are steps too. `rows`
+    are packs where rows are packed."""
     an_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulate))
     steps = math.ceil(train.epochs * an_epoch)
     return min(steps, train.max_steps) if train.max_steps else steps
@@ -124,10 +145,11 @@ def steps_of(train: Train, rows: int, batch: int, accumulate: int) -> int:
 def _planned(wish: Wish, place: Place, corrected: Corrected, batch: int, accumulate: int) -> Verdict:
     training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
     memory = corrected.memory(train_memory(wish.geometry, training, place.profile))
-    steps = steps_of(wish.train, wish.rows, batch, accumulate)
+    count = wish.count
+    steps = steps_of(wish.train, count, batch, accumulate)
     time, limit = _seconds(wish, place, corrected, (batch, accumulate), steps)
     fits, tight = memory.high <= place.bytes, memory.total <= place.bytes < memory.high
-    epochs = steps * batch * accumulate / wish.rows if wish.rows else 0.0
+    epochs = steps * batch * accumulate / count if count else 0.0
     usual = replace(training, longest=math.ceil(_usual_length(wish, batch)))
     return Verdict(
         place=place.name,
@@ -154,20 +176,20 @@ def _seconds(
     batch, accumulate = arranged
     training = training_of(wish.train, batch=batch, longest=wish.longest, stack=wish.stack)
     step = step_time(wish.geometry, training, place.profile, _usual_length(wish, batch))
-    longest = step_time(wish.geometry, training, place.profile, wish.longest)
+    worst = step_time(wish.geometry, training, place.profile, wish.longest)
     evaluations = math.ceil(wish.train.epochs) if wish.evaluations is None else wish.evaluations
     # An evaluation is a forward pass: a third of a step with its recomputation.
     batches = steps * accumulate + evaluations * math.ceil(wish.eval_rows / batch) / 3
     busy = corrected.seconds(batches * step.total)
     checkpoints = CHECKPOINT_SECONDS.times(steps // wish.train.checkpoint_steps + 1)
-    smoke = SMOKE + corrected.seconds(SMOKE_STEPS * longest.total) if wish.train.smoke else Interval(0, 0, 0)
+    smoke = SMOKE + corrected.seconds(SMOKE_STEPS * worst.total) if wish.train.smoke else Interval(0, 0, 0)
     return place.start + _around(wish) + smoke + busy + checkpoints, step.limit
 
 
 def _usual_length(wish: Wish, batch: int) -> float:
-    """Tokens to which a batch is padded on average."""
-    within = [(length, count) for length, count in wish.lengths if length <= wish.longest]
-    return padded_length(within, batch) or float(wish.longest)
+    """Tokens to which a batch is padded on average; packs are not padded."""
+    within = [(length, count) for length, count in wish.sequences if length <= wish.longest]
+    return padded_length(within, 1 if wish.train.packing else batch) or float(wish.longest)
 
 
 def _around(wish: Wish) -> Interval:
@@ -201,6 +223,24 @@ def _knobs(wish: Wish, place: Place, corrected: Corrected, plan: Verdict) -> lis
                       stack=wish.stack, others=wish.other_stacks)  # fmt: skip
 
 
+def _faster(wish: Wish, place: Place, corrected: Corrected, plan: Verdict) -> list[Knob]:
+    """Packing, where enough of the tokens are padding: with about as many rows in an update as now."""
+    if wish.train.packing or wish.stack != "trl" or not wish.rows:
+        return []
+    within = tuple((length, count) for length, count in wish.lengths if length <= wish.train.max_length)
+    packed = replace(wish, train=wish.train.model_copy(update={"packing": True}), lengths=within)
+    rows_in_a_pack = packed.rows / packed.count if packed.count else 1.0
+    updates = max(1, round(plan.batch * plan.accumulate / rows_in_a_pack))
+    options = [_planned(packed, place, corrected, batch, each) for batch, each in divisions(updates)]
+    fitting = [each for each in options if each.fits]
+    if not fitting:
+        return []
+    best = min(fitting, key=lambda each: each.seconds.mid)
+    found = packing_knob(within, plan.batch, (plan.seconds.mid, best.seconds.mid), (best.batch, best.accumulate),
+                         plan.memory.total - best.memory.total)  # fmt: skip
+    return [found] if found else []
+
+
 def _notes(wish: Wish, place: Place) -> list[str]:
     notes = []
     longer = sum(count for length, count in wish.lengths if length > wish.train.max_length)
@@ -208,6 +248,6 @@ def _notes(wish: Wish, place: Place) -> list[str]:
         notes.append(f"{longer} rows are longer than max_length {wish.train.max_length}: the trainer refuses them")
     if not place.profile.bf16:
         notes.append(f"{place.profile.name} has no bf16: it is emulated, and slow")
-    if wish.longest > wish.geometry.max_positions:
-        notes.append(f"rows of {wish.longest} tokens, and the model was made for {wish.geometry.max_positions}")
+    if wish.longest_row > wish.geometry.max_positions:
+        notes.append(f"rows of {wish.longest_row} tokens, and the model was made for {wish.geometry.max_positions}")
     return notes

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from registry.card_profiles import GIB
+from registry.packing import longest, padding
 from registry.recipe import LoraRank, Train
 from registry.train_memory import Memory
 
 # train, stack, batch, longest
 Estimate = Callable[[Train, str, int, int], Memory]
+# Less of the time than this is not worth a change of what an update is made of.
+WORTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,14 @@ class _Settings:
     batch: int
     accumulate: int
     longest: int
+    row: int
 
 
 def find_knobs(train: Train, lengths: Sequence[tuple[int, int]], arranged: tuple[int, int], available: int,
                memory: Estimate, *, stack: str, others: Sequence[str] = ()) -> list[Knob]:  # fmt: skip
     """Those that save something, first those that suffice, then by what they save."""
-    longest = max((length for length, _ in lengths if length <= train.max_length), default=train.max_length)
-    now = _Settings(train, stack, *arranged, longest)
+    most = train.max_length
+    now = _Settings(train, stack, *arranged, longest(lengths, most, packed=train.packing), longest(lengths, most))
     turned = [*_turned(now, available, memory), *_other_stacks(now, others), *_shorter(now, lengths, available, memory)]
     before = _of(now, memory)
     knobs = [_knob(text, change, before, _of(to, memory), available) for text, change, to in turned]
@@ -51,10 +55,26 @@ def find_knobs(train: Train, lengths: Sequence[tuple[int, int]], arranged: tuple
     return useful
 
 
+def packing_knob(lengths: Sequence[tuple[int, int]], batch: int, seconds: tuple[float, float],
+                 arranged: tuple[int, int], saves_bytes: int) -> Knob | None:  # fmt: skip
+    """What packing saves of the time, of a training that fits: `seconds` as it is now and with packs, which fits too in
+    batches `arranged` so."""
+    saved = 1 - seconds[1] / seconds[0]
+    if saved < WORTH:
+        return None
+    to, each = arranged
+    text = (f"packing true with batch {to}, accumulate {each} saves about {saved:.0%} of the time: "
+            f"{padding(lengths, batch):.0%} of the tokens are padding now")  # fmt: skip
+    return Knob(text, {"packing": True, "batch": to, "accumulate": each}, saves_bytes, True)
+
+
 def _turned(now: _Settings, available: int, memory: Estimate) -> list[tuple[str, dict[str, Any], _Settings]]:
     train, found = now.train, []
     if now.batch > 1:
         found.append(_smaller_batch(now, available, memory))
+    if train.packing:
+        found.append(("packing false: padding instead, and more steps", {"packing": False},
+                      _with(now, packing=False)))  # fmt: skip
     if not train.checkpointing:
         found.append(("recompute activations: a third slower", {"checkpointing": True},
                       _with(now, checkpointing=True)))  # fmt: skip
@@ -74,7 +94,7 @@ def _smaller_batch(now: _Settings, available: int, memory: Estimate) -> tuple[st
     """The largest that fits and divides the effective batch, which stays what it is."""
     effective = now.batch * now.accumulate
     smaller = [batch for batch in range(now.batch - 1, 0, -1) if effective % batch == 0]
-    options = [_Settings(now.train, now.stack, batch, effective // batch, now.longest) for batch in smaller]
+    options = [replace(now, batch=batch, accumulate=effective // batch) for batch in smaller]
     to = next((each for each in options if _of(each, memory).high <= available), options[-1])
     change = {"batch": to.batch, "accumulate": to.accumulate}
     return f"batch {to.batch} with accumulate {to.accumulate}: the effective batch stays {effective}", change, to
@@ -82,9 +102,7 @@ def _smaller_batch(now: _Settings, available: int, memory: Estimate) -> tuple[st
 
 def _other_stacks(now: _Settings, others: Sequence[str]) -> list[tuple[str, dict[str, Any], _Settings]]:
     return [
-        (f"train with {other}", {"backend": other}, _Settings(now.train, other, now.batch, now.accumulate, now.longest))
-        for other in others
-        if other != now.stack
+        (f"train with {other}", {"backend": other}, replace(now, stack=other)) for other in others if other != now.stack
     ]
 
 
@@ -99,22 +117,24 @@ def _shorter(now: _Settings, lengths: Sequence[tuple[int, int]], available: int,
     most = low // 16 * 16
     if most < 16 or most >= now.longest:
         return []
-    rows = sum(count for length, count in lengths if most < length <= now.longest)
+    rows = sum(count for length, count in lengths if most < length <= now.row)
     text = f"max_length {most}: {rows} of {sum(count for _, count in lengths)} rows are longer, and must be shortened"
-    return [(text, {"max_length": most}, _Settings(now.train, now.stack, now.batch, now.accumulate, most))]
+    text = text if rows else f"max_length {most}: no row is longer"
+    return [(text, {"max_length": most}, replace(now, longest=most, row=min(most, now.row)))]
 
 
 def _together(now: _Settings, before: Memory, available: int, memory: Estimate) -> list[Knob]:
-    """The least harmful order until it fits: batch, checkpointing, 4 bits, the optimizer; rank and length stay."""
+    """The least harmful order until it fits: batch, no packs, checkpointing, 4 bits, the optimizer; rank and length
+    stay."""
     change: dict[str, Any] = {}
     to = now
-    for update in ({"checkpointing": True}, {"quantize": "nf4"}, {"optimizer": "paged_adamw_8bit"}):
+    for update in ({"packing": False}, {"checkpointing": True}, {"quantize": "nf4"}, {"optimizer": "paged_adamw_8bit"}):
         key, value = next(iter(update.items()))
         if getattr(now.train, key) != value and not (key == "optimizer" and now.train.optimizer != "adamw"):
             change[key], to = value, _with(to, **update)
         if to.batch > 1 or now.batch > 1:
-            _, batches, to = _smaller_batch(_Settings(to.train, to.stack, now.batch, now.accumulate, now.longest),
-                                            available, memory)  # fmt: skip
+            began = replace(to, batch=now.batch, accumulate=now.accumulate)
+            _, batches, to = _smaller_batch(began, available, memory)
             change |= batches
         if change and _of(to, memory).high <= available:
             break
@@ -136,4 +156,5 @@ def _of(settings: _Settings, memory: Estimate) -> Memory:
 
 
 def _with(now: _Settings, **update: Any) -> _Settings:
-    return _Settings(now.train.model_copy(update=update), now.stack, now.batch, now.accumulate, now.longest)
+    tokens = now.row if update.get("packing") is False else now.longest
+    return replace(now, train=now.train.model_copy(update=update), longest=tokens)

@@ -93,6 +93,9 @@ class Train(Part):
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Part of the steps over which the rate rises")
     max_length: int = Field(1024, ge=16, description="Tokens per row; a longer row is an error, not a cut")
+    packing: bool = Field(
+        False, description="Short rows one behind another, up to max_length tokens; batch then counts such packs"
+    )
     checkpoint_steps: int = Field(50, ge=1, description="A checkpoint every so many steps")
     smoke: bool = Field(True, description="First the longest rows, one checkpoint, one resume, one evaluation batch")
     seed: int = 17

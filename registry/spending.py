@@ -92,23 +92,50 @@ def tell_refusal(store: Store, job: str, refused: Refused, now: float) -> None:
 
 
 def book(rows: Rows, now: float, job: str = "", *, endpoints: bool = True) -> tuple[list[RentedPod], list[Reservation]]:
-    """The pods (and endpoints) of this month and the pods of the job, and what open rentals may still cost.
+    """The pods (and endpoints) of this month and the pods of the job, and what open rentals may still cost. Charges for
+    references are among them.
 
     `rows` reads: `store.read`, or `connection.execute` inside a transaction.
     """
     month = decide.start_of("month", now)
     found = rows(f"{POD_ROWS} WHERE p.ended IS NULL OR p.ended >= ? OR r.job = ?", (month, job))
-    pods = [pod_of(dict(row)) for row in found] + (_endpoints(rows, month) if endpoints else [])
+    pods = [pod_of(dict(row)) for row in found] + (endpoint_costs(rows, month) if endpoints else [])
+    pods += charge_costs(rows, month, job)
     open_ = [rental_of(dict(row)) for row in rows(f"SELECT * FROM rentals WHERE {OPEN}", ())]
-    return pods, [_held(each, pods, now) for each in open_]
+    return pods, [_held(each, pods, now) for each in open_] + _open_charges(rows)
 
 
-def _endpoints(rows: Rows, month: float) -> list[RentedPod]:
-    """Serverless endpoints count in the day and the month as well: what RunPod billed, spread over their life."""
-    found = rows("SELECT * FROM endpoints WHERE ended IS NULL OR ended >= ?", (month,))
+def endpoint_costs(rows: Rows, since: float = 0.0, *, complete: float = 0.0) -> list[RentedPod]:
+    """Serverless endpoints that were on after `since`: what RunPod has billed, spread over their life. The bill of
+    those that ended before `complete` is final."""
+    found = rows("SELECT * FROM endpoints WHERE ended IS NULL OR ended >= ? ORDER BY created, id", (since,))
+    return [_endpoint(row, row["ended"] is not None and row["ended"] < complete) for row in found]
+
+
+def _endpoint(row: Any, final: bool) -> RentedPod:
+    name = f"endpoint {row['model']}"
+    return RentedPod(
+        row["id"], row["name"], 0.0, row["created"], row["ended"], row["billed_usd"], final, name, name, "endpoint"
+    )
+
+
+def charge_costs(rows: Rows, since: float = 0.0, job: str = "") -> list[RentedPod]:
+    """What references were asked for after `since` or by the job, at the recipe's prices: no bill of theirs is read."""
+    found = rows("SELECT * FROM charges WHERE created >= ? OR run_id = ? ORDER BY created, key", (since, job))
     return [
-        RentedPod(row["id"], row["name"], 0.0, row["created"], row["ended"], row["billed_usd"], True) for row in found
-    ]
+        RentedPod(row["key"], row["what"], 0.0, row["created"], row["created"], row["usd"], False, row["run_id"],
+                  row["recipe"], "reference")
+        for row in found
+    ]  # fmt: skip
+
+
+def _open_charges(rows: Rows) -> list[Reservation]:
+    """A run that is over asks no more, also where its worker was killed before it could say so."""
+    found = rows(
+        "SELECT c.run_id, c.reserved_usd, c.usd FROM charges AS c JOIN runs AS r ON r.id = c.run_id "
+        "WHERE c.ended IS NULL AND r.state IN ('submitted', 'running', 'paused')", (),
+    )  # fmt: skip
+    return [Reservation(row["run_id"], max(0.0, row["reserved_usd"] - row["usd"])) for row in found]
 
 
 def _held(rental: Rental, pods: Iterable[RentedPod], now: float) -> Reservation:

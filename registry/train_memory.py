@@ -89,7 +89,10 @@ STACKS = {
 
 @dataclass(frozen=True)
 class Training:
-    """The settings that memory and time depend on. `longest`: tokens to which the longest batch is padded."""
+    """The settings that memory and time depend on. `longest`: tokens to which the longest batch is padded.
+
+    `packed`: a batch is one sequence, and a mask of each of its tokens against each keeps its rows apart.
+    """
 
     batch: int
     longest: int
@@ -101,6 +104,7 @@ class Training:
     stack: str = "trl"
     double_quant: bool = True
     attention: Literal["flash", "eager"] = "flash"
+    packed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -159,6 +163,7 @@ def training_of(train: Train, *, batch: int, longest: int, stack: str = "trl") -
         optimizer=train.optimizer,
         checkpointing=train.checkpointing,
         stack=stack,
+        packed=train.packing,
     )
 
 
@@ -168,6 +173,7 @@ def train_memory(geometry: Geometry, training: Training, card: CardProfile | Non
     kept, moment, what = _activations(geometry, training)
     parts = {"base": base_bytes(geometry, training)} | _adapter(geometry, training)
     parts |= {"kept for backward": kept, what: moment}
+    parts |= {"mask": training.tokens**2} if training.packed else {}
     if card is not None and card.is_cpu:
         parts |= {"python and torch": 800 * MIB}
     else:
@@ -228,19 +234,22 @@ def layer_bytes(geometry: Geometry, training: Training) -> int:
     bitsandbytes this is what autograd really saves (tests/jobs/test_saved_tensors.py).
     """
     hidden, inner = geometry.hidden, geometry.intermediate * geometry.active_experts
-    attention = (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
+    # With a mask keys and values are repeated for each head, and each layer turns the mask into 16-bit numbers.
+    keys = geometry.heads if training.packed else geometry.kv_heads
+    mask = 2 * training.tokens if training.packed else 0
+    attention = (geometry.heads + 2 * keys) * geometry.head_dim
     # Softmax in 32 bits, and its 16-bit copy that is multiplied with the values.
     scores = geometry.heads * training.longest * (4 + 2) if training.attention == "eager" else 0
     wide = training.layout.stream if training.quantize == "nf4" else 2
     if training.layout.fused:
-        return 2 * attention + scores + 14 * hidden + (4 if geometry.gated else 2) * inner
+        return 2 * attention + scores + mask + 14 * hidden + (4 if geometry.gated else 2) * inner
     # RMSNorm upcasts what it gets; LayerNorm, which the families without a gate have, keeps it as it is.
     norms, inputs = 2 * (4 if geometry.gated else 2) * hidden, 6 * 2 * hidden
     # With a 32-bit stream the MLP's tensors are 32-bit too; the adapter has a 16-bit copy of their product.
     mlp = (3 if geometry.gated else 1) * wide * inner + 2 * inner
     ranks = 2 * training.rank * (7 if geometry.gated else 6)
     again = 2 * (3 * hidden + inner) if training.layout.keeps_inputs and training.quantize == "nf4" else 0
-    return norms + inputs + 2 * attention + scores + mlp + ranks + again
+    return norms + inputs + 2 * attention + scores + mask + mlp + ranks + again
 
 
 def _backward_bytes(geometry: Geometry, stream: int) -> int:

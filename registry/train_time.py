@@ -90,8 +90,10 @@ def operations(geometry: Geometry, training: Training, length: float) -> float:
     """Floating point operations for each token, of forward and backward pass: no gradients of the base's weights."""
     passes = 3 if training.checkpointing else 2
     targets = training.targets if isinstance(training.targets, str) else list(training.targets)
-    # Causal attention looks back over half of the row on average; its backward pass costs twice its forward pass.
-    attention = 4 * geometry.layers * geometry.heads * geometry.head_dim * (length / 2) * (passes + 1)
+    # Causal attention looks back over half of the row on average; its backward pass costs twice its forward pass. With
+    # packs everything in the batch is calculated, and the mask takes most of it away.
+    seen = training.batch * length if training.packed else length / 2
+    attention = 4 * geometry.layers * geometry.heads * geometry.head_dim * seen * (passes + 1)
     return 2 * passes * geometry.active + attention + 6 * geometry.adapter(training.rank, targets)
 
 

@@ -10,17 +10,21 @@ import asyncio
 import json
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from jobs.evaluation.ask_rows import Messages, Patience, Progress, ask_rows
+from jobs.evaluation.ask_rows import Answer, Messages, Patience, Progress, ask_rows
 from jobs.evaluation.evaluate import EvalRequest, picked_rows
 from jobs.evaluation.metrics import mark
 from jobs.evaluation.prompts import spell_out
 from jobs.post_message import proxy_for
 from jobs.sink_answer import retry_after
+from jobs.token_histogram import estimate
+from registry.charges import Charge, Payer, reserved
+from registry.chat_data import Row
 from registry.cloud_terms import ReferenceModel
 from registry.errors import EngineError, RecipeError, Trouble
 from registry.recipe import expand
@@ -32,6 +36,8 @@ from registry.store import Store
 AT_ONCE = 8
 AGAIN = {408, 409, 425, 429}
 REPLY_SHOWN = 300
+# As ask_rows asks: part of the key of a kept answer.
+OPTIONS = {"temperature": 0}
 KEPT = "look at the provider's status page; what it has answered is kept, and not asked again"
 # Of one question: with all its attempts and what the provider asks to wait for.
 ANSWER_SECONDS = 3600.0
@@ -56,38 +62,45 @@ class Said:
 
 
 async def score_reference(
-    store: Store, reference: ReferenceModel, request: EvalRequest, progress: Progress, terms: Terms | None = None
+    payer: Payer, reference: ReferenceModel, request: EvalRequest, progress: Progress, terms: Terms | None = None
 ) -> Scored:
     """What the model got on the request's rows; rows that it gave no answer to count as wrong.
 
-    Raises RecipeError for an address, a key or a model that is wrong, EngineError if too many rows got no answer.
+    Raises RecipeError for an address, a key or a model that is wrong, EngineError if too many rows got no answer, and
+    where it has prices BudgetError, before any question, if the payer cannot pay for all of them.
     """
     rows, task = picked_rows(request), request.task
+    questions = [spell_out(row.prompt, task, request.labels) for row in rows]
     at_once = min(task.concurrency, AT_ONCE)
-    async with Provider(store, reference, terms or Terms(), at_once) as provider:
-        try:
-            answers = await ask_rows(
-                provider,
-                reference.model,
-                [spell_out(row.prompt, task, request.labels) for row in rows],
-                max_tokens=task.max_new_tokens,
-                concurrency=at_once,
-                patience=Patience(seconds=ANSWER_SECONDS, attempts=1),
-                progress=progress,
-            )
-        except EngineError as error:
-            raise EngineError(error.what, place=provider.url, fix=KEPT) from error
+    async with Provider(payer.store, reference, terms or Terms(), at_once) as provider:
+        usd = await asyncio.to_thread(provider.most_usd, questions, task.max_new_tokens)
+        with reserved(payer, f"asking {reference.model}", usd) if usd else nullcontext() as provider.charge:
+            answers = await _answers(provider, questions, task.max_new_tokens, at_once, progress)
     marks = mark(task.task, task.json_schema, [row.answer for row in rows], [each.text for each in answers])
     failed = [at for at, answer in enumerate(answers) if answer.text is None]
     return Scored(reference.model, None, metrics=marks.metrics, values=marks.values, failed=failed)
 
 
+async def _answers(
+    provider: Provider, questions: list[Messages], max_tokens: int, at_once: int, progress: Progress
+) -> list[Answer]:
+    patience = Patience(seconds=ANSWER_SECONDS, attempts=1)
+    try:
+        return await ask_rows(provider, provider.model, questions, max_tokens=max_tokens, concurrency=at_once,
+                              patience=patience, progress=progress)  # fmt: skip
+    except EngineError as error:
+        raise EngineError(error.what, place=provider.url, fix=KEPT) from error
+
+
 class Provider:
-    """The part of an engine that asking needs, at a provider's. Made inside a running event loop."""
+    """The part of an engine that asking needs, at a provider's. Made inside a running event loop. Answers are paid for
+    out of `charge`, if there is one."""
 
     def __init__(self, store: Store, reference: ReferenceModel, terms: Terms, at_once: int) -> None:
         self.url = f"{_expanded(reference.url, 'escalate.reference.url').rstrip('/')}/chat/completions"
         self._store, self._reference, self._terms = store, reference, terms
+        self.model = reference.model
+        self.charge: Charge | None = None
         self._key = ""
         self._refused: set[str] = set()
         self._not_before = 0.0
@@ -101,10 +114,18 @@ class Provider:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
+    def most_usd(self, questions: list[Messages], max_tokens: int) -> float:
+        """What those that have no kept answer may cost: all of `max_tokens` each. 0 where the model has no prices."""
+        if not self._reference.has_prices:
+            return 0.0
+        asked = [{"model": self.model, "messages": each, "max_tokens": max_tokens, **OPTIONS} for each in questions]
+        new = [each for each in asked if not answers_of(self._store, self._key_of(each))]
+        return sum(self._most_usd(each) for each in new)
+
     async def chat(self, name: str, messages: Messages, **options: Any) -> Said:
         """A kept answer, or one that is asked for and kept."""
         asked = {"model": name, "messages": messages, **options}
-        key = score_key({"provider": self.url, **asked})
+        key = self._key_of(asked)
         kept = await asyncio.to_thread(answers_of, self._store, key)
         if kept:
             return Said(str(kept[0]["text"]))
@@ -113,11 +134,30 @@ class Provider:
         await asyncio.to_thread(keep_score, self._store, key, one, [{"text": text}])
         return Said(text)
 
+    def _key_of(self, asked: dict[str, Any]) -> str:
+        return score_key({"provider": self.url, **asked})
+
+    def _most_usd(self, asked: dict[str, Any]) -> float:
+        return self._reference.usd(estimate(Row(asked["messages"])), int(asked["max_tokens"]))
+
+    async def _pay(self, text: str, asked: dict[str, Any]) -> None:
+        """What the answer says that it used; the most that it can have used, where it says nothing."""
+        if self.charge is not None:
+            used = _usage_in(text)
+            usd = self._reference.usd(*used) if used else self._most_usd(asked)
+            await asyncio.to_thread(self.charge.spend, usd)
+
+    def _pay_for_unread(self, asked: dict[str, Any]) -> None:
+        # Another question's trouble ends all that are under way: eight answers were paid for, and six in the books.
+        if self.charge is not None:
+            self.charge.spend(self._most_usd(asked))
+
     async def _ask(self, asked: dict[str, Any]) -> str:
         attempt = 1
         while True:
             body, (status, text, wait) = await self._in_turn(asked)
             if status == 200:
+                await self._pay(text, asked)  # first: an answer that cannot be used costs as much
                 return _answer_in(text, self.url)
             refused = _refused_option(status, text)
             if refused in body:
@@ -136,7 +176,11 @@ class Provider:
         try:
             await self._wait()
             body = self._body(asked)
-            answer = await self._post(body)
+            try:
+                answer = await self._post(body)
+            except asyncio.CancelledError:
+                self._pay_for_unread(asked)
+                raise
             status = answer[0]
             return body, answer
         finally:
@@ -231,6 +275,15 @@ def _answer_in(text: str, url: str) -> str:
         # A model that reasons first had not begun to answer: a score of 0 would be one of our limit, not of the model.
         raise EngineError("all tokens were spent before the answer; evaluate.max_new_tokens is too small", place=url)
     return said
+
+
+def _usage_in(text: str) -> tuple[int, int] | None:
+    """Tokens of question and answer; None where the answer does not tell."""
+    try:
+        usage = json.loads(text)["usage"]
+        return int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+    except (LookupError, TypeError, ValueError):
+        return None
 
 
 def _passes(status: int | None) -> bool:

@@ -41,7 +41,7 @@ class Trained:
     """How far it came: the adapter lies in `job.work/adapter` when `stopped` is None.
 
     `tokens` (without padding) and `seconds` are of this attempt's training alone, without loading and evaluating;
-    `longest` is the tokens of the longest row, `card` the device's own name, `smoke` None where there was none.
+    `longest` is the tokens of the longest row or pack, `card` the device's own name, `smoke` None where there was none.
     """
 
     steps: int

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from jobs.trainers.chat_tokens import Encoded, encode
 from jobs.trainers.fingerprint import make_fingerprint
+from jobs.trainers.packing import ARGUMENTS, check_rows_stay_apart, pack
 from jobs.trainers.progress import ProgressMeter
 from jobs.trainers.smoke import smoke
 from jobs.trainers.task import BadData, Task, Trained
@@ -48,6 +49,9 @@ def train(task: Task) -> Trained:
     rows = _encoded(task, tokenizer, "train", task.recipe.data.max_train)
     eval_rows = _encoded(task, tokenizer, "eval", EVAL_ROWS)
     model = _adapted_model(task)
+    if task.recipe.train.packing:
+        check_rows_stay_apart(model)
+        rows = pack(rows, task.recipe.train.max_length)
 
     def make(rows: Dataset, eval_rows: Dataset, watch: TrainerCallback, **arguments: Any) -> SFTTrainer:
         return SFTTrainer(
@@ -187,7 +191,7 @@ def _arguments(task: Task, **others: Any) -> SFTConfig:
         "dataloader_pin_memory": False,
         "include_num_input_tokens_seen": "no",
     }
-    return SFTConfig(**{**said, **others})
+    return SFTConfig(**{**said, **(ARGUMENTS if train.packing else {}), **others})
 
 
 def _encoded(task: Task, tokenizer: Any, split: str, most: int | None) -> Dataset:

@@ -12,6 +12,7 @@ import pytest
 from jobs.pod_reaper import Reaper
 from registry import ledger
 from registry.budgets import RentedPod
+from registry.charges import Payer, reserved
 from registry.cloud_terms import Budgets
 from registry.costs import NOT_KNOWN, forecast, lines
 from registry.ledger import Intent
@@ -19,6 +20,7 @@ from registry.project import Project
 from registry.rentals import pod_name, rented_pods
 from registry.runpod_api import RunPod
 from registry.store import Store
+from tests.cli.test_endpoints import DEPLOY, made, promote
 from tests.cli.test_pods import a_pod, a_rental, ft
 from tests.fakes.runpod.started import standin
 
@@ -95,3 +97,83 @@ def test_what_is_not_billed_yet_is_marked_and_the_ledger_needs_no_key(project: P
     assert "of $30.00" in foreseen.stdout, foreseen.stderr
     told = json.loads(ft(project, "cost", "--forecast", "--json").stdout)
     assert told["running_usd"] == pytest.approx(4, abs=1.1)
+
+
+def endpoint(id_: str, hours_ago: float, usd: float, hours: float | None = None) -> RentedPod:
+    created = NOW - hours_ago * HOUR
+    ended = None if hours is None else created + hours * HOUR
+    name = "endpoint tickets"
+    return RentedPod(id_, "n", 0.0, created, ended, usd, hours is not None, name, name, "endpoint")
+
+
+def test_endpoints_have_rows_of_their_model_and_count_in_their_months() -> None:
+    pods = [pod("1", 10, 2), endpoint("e1", 500, 20.0, 100), endpoint("e2", 40, 4.0)]
+    for by in ("run", "recipe"):
+        told = {each.name: each for each in lines(pods, by, NOW)}
+        ours = told["endpoint tickets"]
+        assert (ours.pods, ours.endpoints, ours.usd, ours.measured_usd, ours.seconds) == (0, 2, 24.0, 4.0, 0)
+        assert told["a-1" if by == "run" else "a"].endpoints == 0
+    months = {each.name: each for each in lines(pods, "month", NOW)}
+    assert (months["2026-10"].endpoints, months["2026-11"].endpoints) == (1, 2)
+    assert months["2026-10"].usd == pytest.approx(20 * 8 / 100), "from 16:00 on the 31st"
+    assert sum(each.usd for each in months.values()) == pytest.approx(25)
+
+
+def test_a_forecast_goes_on_with_workers_that_never_sleep_and_counts_them_once() -> None:
+    pods = [endpoint("e1", 24 * 30, 60.0), endpoint("e2", 24 * 30, 3.0)]
+    plain, awake = forecast(pods, 0.0, NOW), forecast(pods, 0.0, NOW, [("e1", 0.25)])
+    assert plain.trend_usd_per_day == pytest.approx(63 / 30)
+    assert (plain.awake_usd, awake.spent_usd) == (0.0, plain.spent_usd)
+    assert awake.trend_usd_per_day == pytest.approx(3 / 30)
+    assert awake.usd == pytest.approx(awake.spent_usd + 9.5 * (24 * 0.25 + 3 / 30))
+
+
+def test_what_runpod_bills_for_an_endpoint_is_in_ft_cost(project: Project, store: Store, tmp_path: Path) -> None:
+    """And as it was billed last, and marked, where RunPod cannot be asked."""
+    promote(store, 1)
+    with standin(tmp_path / "runpod", price_factor=100, cold_start=0.1) as cloud:
+        deployed = made(project, cloud, *DEPLOY, "--yes", "--min-workers", "1", "--max-usd-per-hour", "500")
+        end = time.monotonic() + 60
+        while not (told := json.loads(ft(project, "cost", "--json", **cloud.environment).stdout))["usd"]:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        [line] = told["lines"]
+        assert (line["run"], line["pods"], line["endpoints"]) == ("endpoint tickets", 0, 1)
+        assert line["usd"] == told["measured_usd"] == told["usd"] <= cloud.truth()["usd"] + 0.005
+        months = json.loads(ft(project, "cost", "--by", "month", "--json", **cloud.environment).stdout)
+        assert sum(each["usd"] for each in months["lines"]) == pytest.approx(months["usd"])
+        assert months["usd"] >= told["usd"]
+        foreseen = json.loads(ft(project, "cost", "--forecast", "--json", **cloud.environment).stdout)
+        [row] = made(project, cloud)
+        assert row["id"] == deployed["id"]
+        assert foreseen["awake_usd"] == pytest.approx(row["usd_per_hour"] * 24 * foreseen["days_left"], rel=1e-6)
+        assert foreseen["usd"] == pytest.approx(foreseen["spent_usd"] + foreseen["awake_usd"])
+        assert (
+            "for endpoints' workers that never sleep" in ft(project, "cost", "--forecast", **cloud.environment).stdout
+        )
+        made(project, cloud, "delete", "tickets", "--yes")
+        last = json.loads(ft(project, "cost", "--json", **cloud.environment).stdout)["usd"]
+    gone = ft(project, "cost", **cloud.environment)
+    assert "without RunPod's newest bill" in gone.stderr
+    assert f"~{last:.2f}" in gone.stdout
+    assert f"${last:.2f} in all" in gone.stdout
+    store.note("UPDATE endpoints SET ended = ?", (time.time() - 30 * HOUR,))
+    assert json.loads(ft(project, "cost", "--json", **cloud.environment).stdout)["measured_usd"] == last
+
+
+def test_what_a_reference_was_asked_for_is_in_its_runs_row(project: Project, store: Store) -> None:
+    rental = ledger.intend(
+        store, Intent("tickets-1", "tickets", "support", "NVIDIA A40", "secure", 0.5), Budgets(run_usd=5)
+    )
+    ledger.note_live(store, rental.name, "p1", 0.5)
+    store.note("UPDATE rented_pods SET created = ?", (time.time() - 2 * HOUR,))
+    for run in ("tickets-1", "tickets-2"):
+        with reserved(Payer(store, run, "tickets", Budgets(run_usd=9)), "asking gpt", 0.5) as charge:
+            charge.spend(0.25)
+    told = {each["run"]: each for each in json.loads(ft(project, "cost", "--json").stdout)["lines"]}
+    assert (told["tickets-1"]["pods"], told["tickets-2"]["pods"]) == (1, 0)
+    assert told["tickets-1"]["usd"] == pytest.approx(1.25, abs=0.01)
+    assert told["tickets-2"]["usd"] == told["tickets-2"]["measured_usd"] == 0.25
+    by_month = ft(project, "cost", "--by", "month").stdout
+    assert "$1.50 in all" in by_month
+    assert "~1.50" in by_month

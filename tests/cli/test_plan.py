@@ -193,6 +193,17 @@ def test_lengths_that_are_estimated_are_said_to_be(desk: Desk, tmp_path: Path) -
     assert desk.json(**nobody)["tokens"]["estimated"]
 
 
+def test_packs_are_counted_and_their_steps_told(desk: Desk) -> None:
+    desk.recipe(train={"packing": True, "batch": 1})
+    told = desk.json()
+    number, tokens = told["tokens"]["packs"], told["tokens"]["in_an_epoch"]
+    assert tokens / 1024 <= number < told["tokens"]["rows"]
+    assert told["candidates"][0]["steps"] == number
+    assert f" in {number} packs of at most 1024" in desk.ft().stdout
+    desk.recipe(train={"batch": 4})
+    assert desk.json()["tokens"]["packs"] is None
+
+
 def test_rows_that_are_too_long_are_told_of_before_the_run(desk: Desk) -> None:
     desk.recipe(train={"max_length": 20})
     assert "note: 3 rows are longer than max_length 20: the trainer refuses them" in desk.ft().stdout

@@ -32,10 +32,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Choice:
-    """An answer with what else is said of it."""
+    """An answer with what else is said of it. `usage`: tokens of question and answer, if it tells."""
 
     text: str | None
     finish_reason: str = "stop"
+    usage: tuple[int, int] | None = None
 
 
 # (the request's body, how often these messages came before) -> the answer, or how it is refused.
@@ -87,7 +88,10 @@ class Provider:
         choice = said if isinstance(said, Choice) else Choice(said)
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         answer = {"index": 0, "message": message, "finish_reason": choice.finish_reason}
-        return web.json_response({"object": "chat.completion", "model": body["model"], "choices": [answer]})
+        told: dict[str, Any] = {"object": "chat.completion", "model": body["model"], "choices": [answer]}
+        if choice.usage:
+            told["usage"] = dict(zip(("prompt_tokens", "completion_tokens"), choice.usage, strict=True))
+        return web.json_response(told)
 
 
 def _error(refusal: Refusal) -> web.Response:

@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 
-from jobs.escalation import _compared
+from jobs.escalation import _compared, _undecided
 from jobs.evaluation.ask_provider import Terms, score_reference
 from jobs.evaluation.evaluate import EvalRequest
 from jobs.steps import Bench
 from registry import runs
-from registry.cloud_terms import ReferenceModel
-from registry.errors import EngineError, FtError, RecipeError, Trouble
+from registry.charges import Payer
+from registry.cloud_terms import Budgets, ReferenceModel
+from registry.errors import BudgetError, EngineError, FtError, RecipeError, Trouble
+from registry.escalation import told
 from registry.project import Project
 from registry.scores import Scored
 from registry.settings import Settings
+from registry.spending import charge_costs, reservations
 from registry.store import open_store
 from tests.fakes.provider import KEY, Answerer, Choice, Provider, Refusal
 from tests.judged_project import BASE, LABELS, TEST_ROWS, Judged, make_judged, question_of
@@ -60,9 +63,12 @@ def reference(provider: Provider, **keys: Any) -> ReferenceModel:
     return ReferenceModel.model_validate({"model": MODEL, "url": provider.url, "key": "${PROVIDER_KEY}", **keys})
 
 
-def ask(here: Judged, asked: ReferenceModel, terms: Terms = QUICK, progress: Any = lambda *_: None) -> Scored:
+def ask(
+    here: Judged, asked: ReferenceModel, terms: Terms = QUICK, progress: Any = lambda *_: None,
+    budgets: Budgets = Budgets(),  # noqa: B008  # frozen
+) -> Scored:  # fmt: skip
     request = EvalRequest.made(here.recipe(), BASE, here.pinned.hash, here.unpacked(), [])
-    return asyncio.run(score_reference(here.store, asked, request, progress, terms))
+    return asyncio.run(score_reference(Payer(here.store, "m-1", "m", budgets), asked, request, progress, terms))
 
 
 def test_a_reference_answers_the_test_rows_as_the_bare_base_does(here: Judged) -> None:
@@ -209,6 +215,103 @@ def test_a_model_that_spends_its_tokens_before_it_answers_gets_no_score_of_zero(
         ask(here, reference(provider))
     with Provider(lambda body, _: Choice(None)) as provider:  # a refusal in words is an answer, and a wrong one
         assert ask(here, reference(provider)).metrics["exact_match"] == 0.0
+
+
+PRICES = {"usd_per_million_input": 1000, "usd_per_million_output": 10_000}
+# A question has some 50 tokens by its letters, and its answer 32 at most.
+MOST = (0.2, 0.6)
+
+
+def spent(here: Judged) -> float:
+    return sum(each.usd(time.time()) for each in charge_costs(here.store.read))
+
+
+def submitted(here: Judged) -> None:
+    with here.store.writing() as connection:
+        runs.submit_within(connection, "m-1", here.recipe().model_dump(mode="json"), "recipes/m.yaml", "d")
+
+
+def test_what_a_reference_charges_is_reserved_before_and_booked_as_it_was(here: Judged) -> None:
+    """Questions 0 to 5 tell no usage, and so count as the most that they can have used."""
+    seen: list[float] = []
+
+    def answer(body: dict[str, Any], _: int) -> Choice:
+        seen.append(sum(each.usd for each in reservations(here.store, time.time())) + spent(here))
+        return Choice(right(body), usage=None if number_of(body) < 6 else (40, 2))
+
+    submitted(here)
+    with Provider(answer) as provider:
+        asked = reference(provider, **PRICES)
+        ask(here, asked, budgets=Budgets(run_usd=100))
+        assert len(provider.asked) == TEST_ROWS
+        first = spent(here)
+        a_row = seen[0] / TEST_ROWS
+        assert MOST[0] < a_row < MOST[1]
+        assert seen == pytest.approx([seen[0]] * TEST_ROWS, rel=0.6), "what is reserved and what is spent overlap not"
+        assert first == pytest.approx(18 * (40 * 1000 + 2 * 10_000) / 1e6 + 6 * a_row, rel=0.05)
+        assert reservations(here.store, time.time()) == []
+        ask(here, asked, budgets=Budgets(run_usd=first / 2))  # all is kept: nothing is paid for, so nothing is needed
+    assert spent(here) == first
+    [row] = charge_costs(here.store.read)
+    assert (row.job, row.recipe, row.kind, row.final) == ("m-1", "m", "reference", False)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "says", "place"),
+    [
+        (Budgets(), "nothing says what this run may cost", "m"),
+        (Budgets(run_usd=1), "asking gpt-canned may cost .* of the run's budget of [$]1.00", "escalate.reference"),
+        (Budgets(run_usd=99, day_usd=2), "of the day's budget of [$]2.00 are [$]2.0000 left", "escalate.reference"),
+        (Budgets(run_usd=99, month_usd=3), "of the month's budget of [$]3.00", "escalate.reference"),
+    ],
+)
+def test_a_budget_that_is_too_small_asks_nothing(here: Judged, budgets: Budgets, says: str, place: str) -> None:
+    with Provider(right) as provider:
+        with pytest.raises(BudgetError, match=says) as refused:
+            ask(here, reference(provider, **PRICES), budgets=budgets)
+        assert provider.asked == []
+    assert refused.value.place == place
+    assert refused.value.fix
+    assert spent(here) == 0
+    assert ask_free(here)
+
+
+def ask_free(here: Judged) -> bool:
+    """Without prices nothing is reserved, as before."""
+    with Provider(right) as provider:
+        return ask(here, reference(provider)).metrics["exact_match"] == 1.0
+
+
+def test_what_was_paid_before_trouble_is_booked_and_the_rest_given_back(here: Judged) -> None:
+    submitted(here)
+
+    def answer(body: dict[str, Any], _: int) -> Choice | Refusal:
+        return Choice(right(body), usage=(100, 10)) if len(provider.asked) < 9 else Refusal(402, "pay")
+
+    with Provider(answer) as provider, pytest.raises(Trouble, match="no money left"):
+        ask(here, reference(provider, **PRICES), budgets=Budgets(run_usd=100))
+    # Questions under way when it ended, three at most, may have been answered: they count as the most.
+    assert 8 * 0.2 - 1e-6 <= spent(here) <= 8 * 0.2 + 3 * MOST[1]
+    assert reservations(here.store, time.time()) == []
+
+
+def test_an_answer_that_cannot_be_used_costs_as_much(here: Judged) -> None:
+    with Provider(lambda body, _: Choice("", "length", (50, 32))) as provider, pytest.raises(EngineError):
+        ask(here, reference(provider, **PRICES), budgets=Budgets(run_usd=100))
+    assert spent(here) == pytest.approx(len(provider.asked) * (50 * 1000 + 32 * 10_000) / 1e6)
+
+
+def test_without_the_money_the_escalation_is_undecided_and_says_why(here: Judged) -> None:
+    with Provider(right) as provider:
+        bench, plan = prepared(here, 0.3, reference(provider, **PRICES))
+        bench = replace(bench, settings=Settings(budgets=Budgets(run_usd=99, day_usd=0.5)))
+        with pytest.raises(BudgetError) as refused:
+            asyncio.run(_compared(bench, "m-1", plan, VERDICT))
+        assert provider.asked == []
+    said = told(_undecided(bench, "m-1", refused.value))
+    assert said.startswith(
+        "no escalation, because it could not be decided: escalate.reference: asking gpt-canned may cost"
+    )
 
 
 def prepared(here: Judged, score: float, asked: ReferenceModel | float, **keys: Any) -> tuple[Bench, dict[str, Any]]:

@@ -66,6 +66,8 @@ def test_where_one_row_is_too_much_the_advice_names_what_is_not_yet_done() -> No
         assert knob in said
         assert knob not in advice("out_of_memory", {"batch": 1, **saving})
     assert "lower train.max_length" in advice("out_of_memory", {"batch": 1, **saving})
+    assert "train.packing to false" in advice("out_of_memory", {"batch": 1, "packing": True})
+    assert "train.packing" not in said
 
 
 @pytest.mark.parametrize("kind", ["bad_data", "bad_input", "disk_full", "None", "lost", "unheard-of"])

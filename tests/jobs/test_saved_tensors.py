@@ -19,14 +19,17 @@ BATCH, LENGTH, RANK = 2, 256, 8
 
 
 @pytest.mark.training
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_layer_keeps_as_much_as_the_formula_says(tmp_path: Path, quantize: Literal["nf4", "none"]) -> None:
+def test_a_layer_keeps_as_much_as_the_formula_says(
+    tmp_path: Path, quantize: Literal["nf4", "none"], packed: bool
+) -> None:
     """With PEFT and bitsandbytes as the trainer uses them; three layers less two, so that nothing else counts."""
-    kept = [_kept(_model(tmp_path / str(layers), layers, quantize)) for layers in (2, 3)]
+    kept = [_kept(_model(tmp_path / str(layers), layers, quantize), packed) for layers in (2, 3)]
     measured = (kept[1] - kept[0]) / (BATCH * LENGTH)
     shape = geometry_of({**SHAPE, "num_hidden_layers": 3})
-    said = layer_bytes(shape, Training(BATCH, LENGTH, RANK, quantize=quantize))
+    said = layer_bytes(shape, Training(BATCH, LENGTH, RANK, quantize=quantize, packed=packed))
     assert said == pytest.approx(measured, rel=0.06)
 
 
@@ -44,7 +47,7 @@ def _model(folder: Path, layers: int, quantize: str) -> Any:
     return model.train()
 
 
-def _kept(model: Any) -> int:
+def _kept(model: Any, packed: bool) -> int:
     """Bytes of the storages that a forward pass leaves for the backward pass, without the model's own."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}  # the tensors too, or a freed storage's address would come again
@@ -55,7 +58,10 @@ def _kept(model: Any) -> int:
         return tensor
 
     rows = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
+    # A pack of rows of 64 tokens: one sequence, whose position ids begin anew.
+    given = {"input_ids": rows.view(1, -1), "position_ids": (torch.arange(BATCH * LENGTH) % 64)[None]}
+    asked = {**given, "use_cache": False} if packed else {"input_ids": rows}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        out = model.base_model.model.model(rows)
+        out = model.base_model.model.model(**asked)
     del out
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

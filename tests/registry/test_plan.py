@@ -96,7 +96,7 @@ def test_knobs_that_suffice_come_first_and_useless_ones_not_at_all() -> None:
 
 
 def test_what_fits_needs_no_knob_and_says_what_holds_it_up() -> None:
-    verdict = plan_training(wish(batch=8), on("NVIDIA A40"))
+    verdict = plan_training(wish(batch=8, lengths=((2048, 900),)), on("NVIDIA A40"))
     assert verdict.fits
     assert verdict.knobs == []
     assert verdict.limit == "speed: arithmetic"
