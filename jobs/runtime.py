@@ -33,14 +33,14 @@ def card_queue(card_name: str, host: str = "") -> str:
     return f"card.{host or host_id()}.{card_name}"
 
 
-def launch(project: Project, paused: Container[str] = ()) -> None:
+def launch(project: Project, paused: Container[str] = (), *, lends: bool = False) -> None:
     """Start DBOS in this process. The caller holds the worker's lock: two processes must not share an executor id.
 
-    On `paused` cards (HOST/CARD) nothing begins.
+    On `paused` cards (HOST/CARD) nothing begins. A host that only `lends` its cards takes nothing but their jobs.
     """
     project.home.mkdir(parents=True, exist_ok=True)
     # A parent that waits for its turn holds no card, so "control" has no limit; what "cloud" rents has budgets.
-    queues: dict[str, int | None] = {CONTROL: None, CLOUD: None}
+    queues: dict[str, int | None] = {} if lends else {CONTROL: None, CLOUD: None}
     queues |= {card_queue(card.name): int(f"{host_id()}/{card.name}" not in paused) for card in served_cards()}
     DBOS(config=_config(project))
     DBOS.listen_queues(list(queues))

@@ -156,6 +156,10 @@ MIGRATIONS = [
     ALTER TABLE questions RENAME TO approvals;
     CREATE INDEX approvals_open ON approvals (asked) WHERE answer IS NULL;
     """,
+    # Hosts that share this database and not the project's folder: the folder from which runs are led.
+    """
+    CREATE TABLE leading_folder (one INTEGER PRIMARY KEY, folder TEXT NOT NULL, since REAL NOT NULL);
+    """,
 ]
 
 
