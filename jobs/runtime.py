@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer
+from dbos._utils import INTERNAL_QUEUE_NAME
 
 from registry import runs
 from registry.cards import Card
@@ -42,7 +43,11 @@ def launch(project: Project, paused: Container[str] = (), *, lends: bool = False
     # A parent that waits for its turn holds no card, so "control" has no limit; what "cloud" rents has budgets.
     queues: dict[str, int | None] = {} if lends else {CONTROL: None, CLOUD: None}
     queues |= {card_queue(card.name): int(f"{host_id()}/{card.name}" not in paused) for card in served_cards()}
-    DBOS(config=_config(project))
+    engine = DBOS(config=_config(project))
+    if lends:
+        # Workflows that are recovered go to DBOS's own queue, from which every process takes, whatever it listens to.
+        # The run of a desk that was killed went on in the attic, which has neither its data nor its base model.
+        engine._registry._register_internal_queue(INTERNAL_QUEUE_NAME, worker_concurrency=0)
     DBOS.listen_queues(list(queues))
     DBOS.launch()
     for name, limit in queues.items():

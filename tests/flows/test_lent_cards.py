@@ -33,10 +33,12 @@ from tests.conftest import TinyBase, started
 from tests.fakes.adapter_folder import lora_arrays, make_adapter
 from tests.fakes.answering_engine import KEY, AnsweringEngine
 from tests.flows.conftest import _end_what_runs
+from tests.flows.points import LENT, ON_LENT_CARD, Point
 from tests.flows.tiny_project import Tiny, make_tiny, stand_in
 from tests.postgres_server import PostgresServer
 from tests.weed_server import WeedServer
 
+ALL_POINTS = bool(os.environ.get("FT_TEST_ALL_POINTS"))
 ATTIC: dict[str, Any] = {"card": "attic/cpu"}
 LONG: dict[str, Any] = {"max_steps": 400, "checkpoint_steps": 10}
 
@@ -50,16 +52,30 @@ class Fleet:
     settings: Settings
     stack: ExitStack
     workers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    ordered: str = "nobody"
 
     def on(self, name: str, **env: str) -> None:
         """A worker of that host, until the test ends."""
         log = self.stack.enter_context((self.attic.root.parent / f"{name}.log").open("ab"))
+        order = self.order.with_name(f"{name}.json")
+        command = [sys.executable, "-m", "tests.flows.die_at", str(order), "worker", "jobs.worker", "--forever"]
         self.workers[name] = self.stack.enter_context(started(
-            [sys.executable, "-m", "cli.main", "worker"], env={**self.environment(name), **env},
-            cwd=self.project(name).root, stdout=log, stderr=log,
+            command, env={**self.environment(name), **env}, cwd=self.project(name).root, stdout=log, stderr=log
         ))  # fmt: skip
         pid = self.workers[name].pid
         self.until(lambda: (name, pid) in {(each.id, each.pid) for each in hosts(self.desk.store)})
+
+    @property
+    def order(self) -> Path:
+        """Where the one who is to die finds where."""
+        return self.attic.root.parent / f"{self.ordered}.json"
+
+    def host_of(self, point: Point) -> str:
+        return "attic" if point.name.startswith(ON_LENT_CARD) else "desk"
+
+    def die_at(self, point: Point) -> None:
+        self.ordered = self.host_of(point)
+        self.order.write_text(json.dumps(point.as_dict()), encoding="utf-8")
 
     def kill(self, name: str) -> None:
         os.killpg(self.workers[name].pid, signal.SIGKILL)
@@ -245,6 +261,28 @@ def test_a_worker_that_is_killed_alone_is_followed_by_one_that_sends_on(
     steps = [line["step"] for line in fleet.desk.job(run_id).progress() if "step" in line]
     assert steps == list(range(LONG["max_steps"] + 1)), "progress is missing, or told twice"
     assert fleet.desk.job(run_id).log.read_text() == "the trainer begins\n"
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_killed_at_an_outside_effect_it_is_done_once_in_the_end(
+    fleet: Fleet, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few of the points; `FT_TEST_ALL_POINTS=1` takes all, in three parts."""
+    monkeypatch.setenv("FT_LOST_SECONDS", "60")
+    chosen = LENT[part::3] if ALL_POINTS else LENT[part * 7 : part * 7 + 2]
+    fleet.on("desk")
+    fleet.on("attic")
+    with fleet.served():
+        for number, point in enumerate(chosen, 1):
+            fleet.die_at(point)
+            run_id = fleet.submit(**ATTIC)
+            fleet.until(lambda: not fleet.order.exists())
+            host = fleet.host_of(point)
+            fleet.workers[host].wait(30)
+            fleet.on(host)
+            assert fleet.end(run_id).state == "succeeded", (point.name, fleet.told())
+            assert len(adapters.versions(fleet.desk.store, "m")) == number, point.name
+            assert fleet.adapter("attic", number) == fleet.adapter("desk", number), point.name
 
 
 def test_without_a_bucket_cards_of_another_folder_cannot_be_had(fleet: Fleet) -> None:
