@@ -68,7 +68,7 @@ def let_go(run_id: str, others: Container[str] = ()) -> bool:
     """
     bench = BENCH.get()
     planned = bench.run(run_id).result
-    if planned.get("rented_by" if "rent" in planned else "host", host_id()) in others:
+    if planned.get("rented_by" if planned.get("rent") else "host", host_id()) in others:
         return False
     gone = _pod_is_gone if planned.get("rent") else _card_is_free
     return gone(bench, run_id, planned) and run_id not in at_work()

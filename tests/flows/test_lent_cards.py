@@ -19,6 +19,7 @@ import pytest
 from jobs.worker_process import worker_is_on
 from registry import adapters, runs
 from registry.bucket import open_bucket
+from registry.cards import holder, pick_card
 from registry.events import newest
 from registry.hosts import hosts
 from registry.job_bucket import JobBucket
@@ -261,6 +262,26 @@ def test_a_worker_that_is_killed_alone_is_followed_by_one_that_sends_on(
     steps = [line["step"] for line in fleet.desk.job(run_id).progress() if "step" in line]
     assert steps == list(range(LONG["max_steps"] + 1)), "progress is missing, or told twice"
     assert fleet.desk.job(run_id).log.read_text() == "the trainer begins\n"
+
+
+def test_a_run_that_is_cancelled_stops_there_and_goes_on_from_its_checkpoint_when_resumed(fleet: Fleet) -> None:
+    fleet.on("desk")
+    fleet.on("attic")
+    with fleet.served(), ExitStack() as stack:
+        run_id = fleet.submit(train=LONG, **ATTIC)
+        remote = stack.enter_context(fleet.remote(run_id))
+        fleet.until(lambda: _checkpoints(remote))
+        fleet.ft("desk", "cancel", run_id)
+        assert fleet.end(run_id).state == "cancelled", fleet.told()
+        assert holder(fleet.attic, pick_card("cpu")) == ""
+        result = remote.result()
+        assert result is not None
+        assert (result["status"], result["message"]) == ("stopped", "the run was cancelled")
+        fleet.ft("desk", "resume", run_id, "--detach")
+        assert fleet.end(run_id).state == "succeeded", fleet.told()
+    began = _first_steps(fleet.desk.job(run_id))
+    assert list(began) == [1, 2]
+    assert began[2] >= result["steps"]
 
 
 @pytest.mark.parametrize("part", range(3))
