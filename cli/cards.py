@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from registry.cloud_terms import CardSetting
     from registry.hosts import Host, HostCard
     from registry.project import Project
+    from registry.settings import Settings
     from registry.store import Store
 
+BY_BUCKET = "has another folder: jobs go through the bucket"
 app = typer.Typer(add_completion=False, invoke_without_command=True, rich_markup_mode=None)
 CARD = typer.Argument(metavar="CARD", help="CARD of this host, or HOST/CARD as `ft cards` shows it")
 JSON = typer.Option("--json", help="Print as JSON")
@@ -34,13 +36,15 @@ def cards(context: typer.Context, as_json: Annotated[bool, JSON] = False) -> Non
     from registry.store import open_store
 
     project = find_project()
-    settings = load_settings(project).cards
-    found = list(_lines(project, open_store(project), settings))
+    here = load_settings(project)
+    settings = here.cards
+    found = list(_lines(project, open_store(project), here))
     if as_json:
         print_json(found)
         return
-    rows = [[each["card"], each["title"], _gib(each["memory"]), _gib(each["taken"]), each["serve"], each["state"],
-             ", ".join(each["running"]), ", ".join(each["waiting"])] for each in found]  # fmt: skip
+    rows = [[each["card"], each["title"], _gib(each["memory"]), _gib(each["taken"]), each["serve"],
+             ", ".join(filter(None, [each["state"], each["folder"]])), ", ".join(each["running"]),
+             ", ".join(each["waiting"])] for each in found]  # fmt: skip
     table(["card", "", "memory", "taken", "serving", "state", "runs", "waiting"], rows)
     if strange := _strange(settings, [each["card"] for each in found]):
         say(f"ft.yaml says something of {', '.join(strange)}, and there is no such card")
@@ -90,11 +94,14 @@ def _strange(settings: Mapping[str, CardSetting], names: list[str]) -> list[str]
     return [name for name in settings if name.replace(":", "-") not in known]
 
 
-def _lines(project: Project, store: Store, settings: Mapping[str, CardSetting]) -> Any:
-    from registry.hosts import all_cards, hosts, pauses
+def _lines(project: Project, store: Store, settings: Settings) -> Any:
+    from registry.folders import folder_id, is_away
+    from registry.hosts import all_cards, cut_off, hosts, pauses
 
     known, paused, planned = hosts(store), pauses(store), _planned(store)
-    for place in all_cards(known, settings):
+    here = folder_id(project.home)
+    cut = cut_off(known, here, settings.bucket)
+    for place in all_cards(known, settings.cards):
         runs = planned.get(place.name, [])
         running = [run.id for run in runs if run.stage.split(":")[0] in ("train", "evaluate", "starting the engine")]
         host = next((each for each in known if each.id == place.host), None)
@@ -104,6 +111,7 @@ def _lines(project: Project, store: Store, settings: Mapping[str, CardSetting]) 
             "capability": place.card.capability, "profile": place.card.profile, "worker": host is not None,
             "state": _state(project, place, host, place.name in paused), "running": running,
             "waiting": [run.id for run in runs if run.id not in running],
+            "folder": cut.get(place.host) or (BY_BUCKET if is_away(place.folder, here) else ""),
         }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def examine(project: Project) -> Iterator[Finding]:
         "datasets": lambda: [_data(project)],
         "base model": lambda: _models(project),
         "vLLM": lambda: [_vllm(project)],
-        "database": lambda: [_database(project)],
+        "database": lambda: _database(project),
         "gateway": lambda: [_port(project)],
         "MLflow": lambda: [_mlflow(project)],
         "worker": lambda: [_worker(project)],
@@ -194,10 +194,15 @@ def _vllm(project: Project) -> Finding:
     return Finding("vLLM", "note", f"{package} is not yet in {project.envs}", fix)
 
 
-def _database(project: Project) -> Finding:
+def _database(project: Project) -> Iterator[Finding]:
+    from registry.folders import leads
     from registry.store import open_store
 
-    return Finding("database", "ok", open_store(project).database.place)
+    store = open_store(project)
+    yield Finding("database", "ok", store.database.place)
+    if project.database_url and not leads(project, store):
+        yield Finding("folder", "note", "another leads; this host lends its cards through the bucket",
+                      "runs are started on a host of that folder; `ft worker --lead` if it is gone")  # fmt: skip
 
 
 def _port(project: Project) -> Finding:

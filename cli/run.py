@@ -32,6 +32,7 @@ def run(
     from jobs.worker_process import ensure_worker, submitting
     from registry import runs
     from registry.escalation import check_escalation
+    from registry.folders import refuse_lending
     from registry.project import find_project
     from registry.recipe import digest, load_recipe
     from registry.store import open_store
@@ -40,6 +41,7 @@ def run(
     loaded = load_recipe(recipe)
     check_escalation(project.root, loaded, str(recipe))
     store = open_store(project)
+    refuse_lending(project, store)
     check_inputs(project, store, loaded)
     if loaded.cloud is not None:
         _show_what_it_costs(project, store, loaded, yes=yes, quiet=as_json)
@@ -57,13 +59,17 @@ def check_inputs(project: Project, store: Store, recipe: Recipe) -> None:
     """What can be told at once, before anything is submitted: data, base model and its licence, card."""
     from registry.base_models import parse_reference, refuse_use
     from registry.dataset_versions import pin
-    from registry.hosts import all_cards, choose_card, hosts
+    from registry.folders import folder_id
+    from registry.hosts import all_cards, choose_card, cut_off, hosts
+    from registry.settings import load_settings
 
     pin(project, recipe.data.path)
     parse_reference(recipe.base.model, project.root)
     refuse_use(recipe.use, recipe.base.model, recipe.base.licence or "")
     if recipe.card != "runpod":
-        choose_card(recipe.card, all_cards(hosts(store)), (), {})
+        known = hosts(store)
+        cut = cut_off(known, folder_id(project.home), load_settings(project).bucket)
+        choose_card(recipe.card, all_cards(known), (), {}, cut)
 
 
 def _show_what_it_costs(project: Project, store: Store, recipe: Recipe, *, yes: bool, quiet: bool) -> None:

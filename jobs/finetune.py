@@ -26,7 +26,8 @@ from jobs.served import take_back, what_server_said
 from jobs.steps import BENCH, Bench, State, step
 from jobs.targets.local_card import LocalCard
 from jobs.tell_mlflow import patiently, tell_of_version
-from jobs.train_job import train_job
+from jobs.through_bucket import bring_adapter, bring_for_evaluation, lends, look_back, send_job, share_adapters, way_to
+from jobs.train_job import measure, train_job
 from registry import adapters, runs
 from registry.admission import admit
 from registry.base_models import BaseModel, refuse_use
@@ -86,7 +87,8 @@ async def _judge_and_promote(run_id: str, plan: State, version: State) -> tuple[
     What passed against a champion that was replaced meanwhile is judged again, and asked for again.
     """
     while True:
-        scores = await _child(_queue(plan), evaluate_on_card, run_id, plan, version)
+        asked = await share(run_id, version) if plan.get("through") else version
+        scores = await _child(_queue(plan), evaluate_on_card, run_id, plan, asked)
         verdict = await judge(run_id, version, scores)
         if verdict["outcome"] == "pass" and plan["promote"] == "approve":
             verdict = await wait_for_approval(run_id, verdict)
@@ -121,16 +123,21 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
     base: BaseModel = await bench.outside("set-up", fetching)
     refuse_use(recipe.use, base.source, base.licence)
     placed = await asyncio.to_thread(place, bench.project, bench.store, bench.settings, recipe, run_id)
+    way = way_to(bench, run_id, placed.card)
+    await asyncio.to_thread(look_back, bench, run_id)
     await asyncio.to_thread(write_job, bench.project, run_id, recipe, placed, base, pinned)
+    if way["through"]:
+        await bench.outside("set-up", asyncio.to_thread(send_job, bench, run_id, recipe, base.as_dict()))
     shown = {name: dataset[name] for name in ("path", "hash", "rows")}
     runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=placed.card.card.name,
-                     host=placed.card.host, rent=placed.rent, plan=placed.expected)  # fmt: skip
+                     host=placed.card.host, rent=placed.rent, plan=placed.expected, **way)  # fmt: skip
     return {
         "dataset": dataset,
         "base": base.as_dict(),
         "card": placed.card.card.name,
         "host": placed.card.host,
         "rent": placed.rent,
+        **way,
         "planned": placed.judged is not None,
         "promote": recipe.promote,
         "escalate": recipe.escalate and ("approve" if recipe.escalate.approve else "auto"),
@@ -151,6 +158,9 @@ async def register(bench: Bench, run_id: str, plan: State, trained: State) -> St
     """Admit the adapter, register it in MLflow, and put it into its immutable folder."""
     recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
     job = JobFolder(bench.project.job_folder(run_id))
+    if plan.get("through"):
+        await bench.outside("set-up", asyncio.to_thread(bring_adapter, bench, run_id))
+        await asyncio.to_thread(measure, bench, run_id, plan, trained)
     facts = await asyncio.to_thread(admit, job.adapter, base.digest, MAX_LORA_RANK)
     lineage = {
         "base": base.source,
@@ -184,18 +194,29 @@ async def register(bench: Bench, run_id: str, plan: State, trained: State) -> St
     return {"model": recipe.model, "version": number}
 
 
+@step("share")
+async def share(bench: Bench, run_id: str, version: State) -> State:
+    """Put what is to be compared where a host without this folder can get it."""
+    return await bench.outside("set-up", asyncio.to_thread(share_adapters, bench, version))
+
+
 @step("evaluate")
 async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> State:
     """The candidate, the champion and the bare base answer the test split on the engine that will serve."""
     recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
-    champion = adapters.aliases(bench.store, version["model"]).get("champion")
+    if lends(bench):
+        await bench.outside("set-up", asyncio.to_thread(bring_for_evaluation, bench, run_id, version))
+    # If the champion is another by now, the promotion finds out, and it is all judged again.
+    named = version if "champion" in version else adapters.aliases(bench.store, version["model"])
+    champion = named.get("champion")
     request = EvalRequest.for_version(
         bench.project, bench.store, recipe, base, plan["dataset"], bench.project.job_folder(run_id) / "data",
         candidate=version["version"], champion=champion,
     )  # fmt: skip
     scored = kept_scores(bench.store, request)
     if len(scored) < len(request.asked):
-        await _base_here(bench, recipe)
+        if not lends(bench):
+            await _base_here(bench, recipe)
         scored = await ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
     return {"scores": {name: each.as_dict() for name, each in scored.items()}}
 

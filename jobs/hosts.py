@@ -1,32 +1,35 @@
 """What a worker does as one of several hosts: says that it lives, knows who leads, and hands a lost host's runs on.
 
-The leader, which is the first by name of the hosts that live, is alone in starting runs from events and rows, in
-carrying out wishes, and in handing on. Two that both believe to lead, for the seconds in which one is taken for lost,
-do no harm: every start is keyed by the run's id, and the durable engine takes results only from the latest owner.
+The leader, which is the first by name of the hosts that live in the folder that leads, is alone in starting runs from
+events and rows, in carrying out wishes, and in handing on. Two that both believe to lead, for the seconds in which one
+is taken for lost, do no harm: every start is keyed by the run's id, and the durable engine takes results only from the
+latest owner.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 from dbos import DBOS
 
 from jobs import runtime
 from registry import runs
-from registry.cloud_terms import CardSetting
 from registry.events import append, new_event
-from registry.hosts import AS_THEY_ARE, Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
+from registry.folders import folder_id, is_away, leads
+from registry.hosts import Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
+from registry.project import Project
+from registry.settings import Settings
 from registry.store import Store
 
 
 class Post:
     """This host's place among the hosts."""
 
-    def __init__(self, store: Store, lost_seconds: float, settings: Mapping[str, CardSetting] = AS_THEY_ARE) -> None:
-        self.store, self.name, self.cards, self.settings = store, host_id(), served_cards(), settings
-        self._started, self._pulse, self._beaten = time.time(), Pulse(lost_seconds), 0.0
-        self._beat_seconds = lost_seconds / 6
+    def __init__(self, project: Project, store: Store, settings: Settings) -> None:
+        self.project, self.store, self.settings = project, store, settings
+        self.name, self.cards, self._leads = host_id(), served_cards(), False
+        self._started, self._pulse, self._beaten = time.time(), Pulse(settings.lost_seconds), 0.0
+        self._beat_seconds = settings.lost_seconds / 6
         self._living: list[Host] = []
         self._minded: tuple[bool, set[str]] | None = None
 
@@ -35,8 +38,10 @@ class Post:
         if time.monotonic() - self._beaten < self._beat_seconds:
             return
         self._beaten = time.monotonic()
-        beat(self.store, self.name, self._started, served_cards(self.settings))  # what is taken changes
+        here, cards = folder_id(self.project.home), served_cards(self.settings.cards)  # what is taken changes
+        beat(self.store, self.name, self._started, cards, here, self.settings.bucket)
         known = hosts(self.store)
+        self._leads = leads(self.project, self.store)
         self._living = self._pulse.living(known)
         if self.leads:
             for lost in (each for each in known if each not in self._living):
@@ -45,7 +50,9 @@ class Post:
     @property
     def leads(self) -> bool:
         """Does this host look after the runs of all?"""
-        return self.name == min((each.id for each in self._living), default=self.name)
+        here = folder_id(self.project.home)
+        living = [each.id for each in self._living if not is_away(each.folder, here)]
+        return self._leads and self.name == min(living, default=self.name)
 
     def mind_cards(self, busy: bool) -> None:
         """Paused cards of this host take no work; all are looked after more often while runs are on."""

@@ -54,19 +54,23 @@ class Placed:
 def place(project: Project, store: Store, settings: Settings, recipe: Finetune, run_id: str = "") -> Placed:
     """Raises DoesNotFit, BudgetError, WrongInput (no such card), and what a look at base and data raises."""
     around = look_around(store, settings, prices=recipe.cloud is not None, besides=run_id)
+    if recipe.card not in ("auto", "runpod"):
+        _card(recipe.card, around)  # says why one that is there cannot be had
     if not _has_choice(recipe, around):
-        card = choose_card(recipe.card, list(around.cards), around.paused, dict(around.busy))
-        return Placed(card, *arrangements(recipe.train)[-1])
+        return Placed(_card(recipe.card, around), *arrangements(recipe.train)[-1])
     looked = look(project, recipe, python=settings.trainer_python)
     wish = wish_of(recipe, looked.histogram, looked.config)
     judged = judge(recipe, wish, around)
     chosen = choose(recipe, judged)
     verdict = chosen.verdict
     if chosen.candidate.kind == "card":
-        card = choose_card(chosen.candidate.name, list(around.cards), around.paused, dict(around.busy))
-        return Placed(card, verdict.batch, verdict.accumulate, chosen, wish)
-    card = choose_card("auto", list(around.cards), around.paused, dict(around.busy))
+        return Placed(_card(chosen.candidate.name, around), verdict.batch, verdict.accumulate, chosen, wish)
+    card = _card("auto", around)
     return Placed(card, verdict.batch, verdict.accumulate, chosen, wish, _rent(recipe, settings, judged, chosen))
+
+
+def _card(wanted: str, around: Around) -> HostCard:
+    return choose_card(wanted, list(around.cards), around.paused, dict(around.busy), around.cut)
 
 
 def _has_choice(recipe: Finetune, around: Around) -> bool:

@@ -27,23 +27,20 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from jobs.fetch_base import fetch_base
+from jobs.job_base import base_here
 from jobs.pod_env import IN_BUCKET, job_of_pod
 from jobs.pod_mirror import Mirror
 from jobs.pod_watchdog import Limits, Watchdog
-from registry.base_models import BaseModel, base_path, parse_reference
-from registry.errors import BaseModelError, BucketError, CloudError, FtError
+from registry.errors import BucketError, CloudError, FtError
 from registry.job_bucket import JobBucket, LeaseWatch, attempt_of, pod_of
 from registry.job_folder import JobFolder, Lease, LeaseLost
-from registry.project import Project, cache_folder
-from registry.recipe import Base, Finetune
+from registry.project import cache_folder
 from registry.runpod_calls import Calls
 
 # A trainer renews every five seconds; another pod of the same attempt that is silent for so long is taken for dead.
 TWIN_SECONDS = 60.0
 TICK = 0.25
 SHORT_WAIT, LONG_WAIT = 1.0, 60.0
-BASE_TRIES, BASE_WAIT = 3, 5.0
 
 T = TypeVar("T")
 
@@ -117,7 +114,7 @@ class PodJob:
             self._say("fetching the job")
             self._patiently(lambda: self.remote.fetch_job(self.job))
             self._say("getting the base model")
-            self._patiently(lambda: _base_here(self.remote, self.job))
+            self._patiently(lambda: base_here(self.remote, self.job))
         except FtError as error:
             self._say(str(error))
             return self._publish_failure(error)
@@ -230,38 +227,6 @@ def _terminated(calls: Calls, path: str) -> bool:
         except CloudError as error:
             print(f"pod: {error}", flush=True)
     return False
-
-
-def _base_here(remote: JobBucket, job: JobFolder) -> None:
-    """The base model in the cache, of the very content that the job names. Raises BaseModelError without it."""
-    base, project = BaseModel(**job.spec()["base"]), Project(root=job.path, home=job.path, cache=cache_folder())
-    with suppress(BaseModelError):
-        base_path(project, base)
-        return
-    project.models.mkdir(parents=True, exist_ok=True)
-    if not remote.fetch_model(project.models / base.folder):
-        _bring(project, base, Finetune.model_validate(job.recipe()).base)
-    base_path(project, base)
-
-
-def _bring(project: Project, base: BaseModel, wanted: Base) -> None:
-    if parse_reference(wanted.model, project.root).kind == "hub":
-        wanted = wanted.model_copy(update={"revision": base.revision})
-    for left in reversed(range(BASE_TRIES)):
-        try:
-            found = fetch_base(project, wanted)
-            break
-        except FtError as error:
-            if not left:
-                raise
-            print(f"pod: {error}", flush=True)
-            time.sleep(BASE_WAIT)
-    if found.digest != base.digest:
-        raise BaseModelError(
-            f"the base model {base.source} that was fetched here is not the one that the job names",
-            place=f"digest {found.digest[:12]}, wanted {base.digest[:12]}",
-            fix="name its revision in the recipe (`base.revision`), and run again",
-        )
 
 
 def _trainer_env() -> dict[str, str]:

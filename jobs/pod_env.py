@@ -1,6 +1,7 @@
 """What a job's pod gets of us: its environment, with a key that reaches the bucket of job folders and nothing else.
 
-And how the pod reads it: `job_of_pod` in a pod, `claims_of` in the trainer that a pod starts.
+And how the pod reads it: `job_of_pod` in a pod, `claims_of` in the trainer that a pod starts. `card_env` is for a
+trainer on a card of ours that has no folder in common with who reads its result.
 """
 
 from __future__ import annotations
@@ -38,6 +39,20 @@ def pod_env(settings: Settings, job_id: str, attempt: int) -> dict[str, str]:
     }
 
 
+def card_env(settings: Settings, job_id: str) -> dict[str, str]:
+    """The environment of a trainer on a card of ours whose job is in the bucket: it claims it there, with our key."""
+    return {
+        **IN_BUCKET,
+        "FT_JOB": job_id,
+        "FT_ATTEMPT": "0",
+        "FT_BUCKET": settings.bucket,
+        "FT_S3_ENDPOINT": settings.s3_endpoint,
+        "FT_S3_REGION": settings.s3_region,
+        "FT_S3_ACCESS_KEY": settings.s3_access_key,
+        "FT_S3_SECRET_KEY": settings.s3_secret_key,
+    }
+
+
 def job_of_pod() -> JobBucket:
     """The job of the pod that this process is in. Raises BucketError where that is none."""
     job, attempt = os.environ.get("FT_JOB", ""), os.environ.get("FT_ATTEMPT", "")
@@ -49,7 +64,7 @@ def job_of_pod() -> JobBucket:
 
 
 def claims_of(job: JobFolder) -> Claims:
-    """Where the trainer of this folder claims its job: in the bucket, if a pod has started it; in the folder else."""
+    """Where the trainer of this folder claims its job: in the bucket, if who started it said so; in the folder else."""
     return job_of_pod() if IN_BUCKET.items() <= os.environ.items() else job
 
 

@@ -126,12 +126,16 @@ def prune(project: Project, store: Store, plan: Plan, by_whom: str = "") -> Coun
     return done
 
 
-def prune_daily(project: Project, store: Store, keep: Keep) -> Counts | None:
-    """For a worker: once a day, if `keep.auto` says so; None if it is not time."""
+def prune_daily(project: Project, store: Store, keep: Keep, *, lends: bool = False) -> Counts | None:
+    """For a worker: once a day, if `keep.auto` says so; None if it is not time.
+
+    A host that only `lends` its cards decides nothing: it deletes its copies of what was given up.
+    """
     if not keep.auto or not _is_time(project):
         return None
     try:
-        return prune(project, store, plan_of(project, store, keep, time.time()), by_whom="ft")
+        plan = Plan() if lends else plan_of(project, store, keep, time.time())
+        return prune(project, store, plan, by_whom="ft")
     except Conflict:  # somebody is at it
         return None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer
+from dbos._utils import INTERNAL_QUEUE_NAME
 
 from registry import runs
 from registry.cards import Card
@@ -33,16 +34,20 @@ def card_queue(card_name: str, host: str = "") -> str:
     return f"card.{host or host_id()}.{card_name}"
 
 
-def launch(project: Project, paused: Container[str] = ()) -> None:
+def launch(project: Project, paused: Container[str] = (), *, lends: bool = False) -> None:
     """Start DBOS in this process. The caller holds the worker's lock: two processes must not share an executor id.
 
-    On `paused` cards (HOST/CARD) nothing begins.
+    On `paused` cards (HOST/CARD) nothing begins. A host that only `lends` its cards takes nothing but their jobs.
     """
     project.home.mkdir(parents=True, exist_ok=True)
     # A parent that waits for its turn holds no card, so "control" has no limit; what rents has budgets, and no queue.
-    queues: dict[str, int | None] = {CONTROL: None}
+    queues: dict[str, int | None] = {} if lends else {CONTROL: None}
     queues |= {card_queue(card.name): int(f"{host_id()}/{card.name}" not in paused) for card in served_cards()}
-    DBOS(config=_config(project))
+    engine = DBOS(config=_config(project))
+    if lends:
+        # Workflows that are recovered go to DBOS's own queue, from which every process takes, whatever it listens to.
+        # The run of a desk that was killed went on in the attic, which has neither its data nor its base model.
+        engine._registry._register_internal_queue(INTERNAL_QUEUE_NAME, worker_concurrency=0)
     DBOS.listen_queues(list(queues))
     DBOS.launch()
     for name, limit in queues.items():

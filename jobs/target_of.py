@@ -1,4 +1,4 @@
-"""Which target does a run's job, as its plan says: a card of this host, or a rented pod."""
+"""Which target does a run's job, as its plan says: a card here, with its folder here or in the bucket, or a pod."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.rent import Offer
+from jobs.targets.bucket_card import BucketCard
 from jobs.targets.local_card import LocalCard
 from jobs.targets.runpod_pod import Rent, RunPodPod
 from jobs.targets.target import Target
@@ -21,13 +22,23 @@ from registry.store import Store
 
 RUNPOD = "runpod"
 _made: list[tuple[Settings, RunPod, Bucket]] = []
+_buckets: list[tuple[Settings, Bucket]] = []
 
 
 def target_of(project: Project, store: Store, settings: Settings, recipe: Finetune, plan: dict[str, Any]) -> Target:
     """`plan` is what the step "plan" has written down (`rent`, `card`, `base`)."""
     if plan.get("rent"):
         return RunPodPod(store, settings, *_connections(settings), _rent(project, recipe, plan))
+    if plan.get("through"):
+        return BucketCard(project, pick_card(plan["card"]), bucket_of(settings), settings)
     return LocalCard(project, pick_card(plan["card"]), settings.trainer_python)
+
+
+def bucket_of(settings: Settings) -> Bucket:
+    """One for all jobs of this process."""
+    if not _buckets or _buckets[0][0] is not settings:
+        _buckets[:] = [(settings, open_bucket(settings))]
+    return _buckets[0][1]
 
 
 def _rent(project: Project, recipe: Finetune, plan: dict[str, Any]) -> Rent:
@@ -37,11 +48,11 @@ def _rent(project: Project, recipe: Finetune, plan: dict[str, Any]) -> Rent:
         recipe=recipe.name, model=recipe.model, terms=recipe.cloud,
         offers=tuple(Offer(**each) for each in plan["rent"]["offers"]),
         reserve_usd=plan["rent"]["reserve_usd"], max_usd=recipe.budget.max_usd,
-        base=_to_be_sent(project, recipe, plan["base"]), token=expand(recipe.base.token, "base.token") or "",
+        base=base_to_send(project, recipe, plan["base"]), token=expand(recipe.base.token, "base.token") or "",
     )  # fmt: skip
 
 
-def _to_be_sent(project: Project, recipe: Finetune, base: dict[str, Any]) -> Path | None:
+def base_to_send(project: Project, recipe: Finetune, base: dict[str, Any]) -> Path | None:
     """A base model that lies in a folder here can be fetched from nowhere else."""
     local = parse_reference(recipe.base.model, project.root).kind == "local"
     return project.models / base["folder"] if local else None
@@ -50,5 +61,5 @@ def _to_be_sent(project: Project, recipe: Finetune, base: dict[str, Any]) -> Pat
 def _connections(settings: Settings) -> tuple[RunPod, Bucket]:
     """One of each for all jobs of this process: a connection takes longer to make than most questions to answer."""
     if not _made or _made[0][0] is not settings:
-        _made[:] = [(settings, open_runpod(settings), open_bucket(settings))]
+        _made[:] = [(settings, open_runpod(settings), bucket_of(settings))]
     return _made[0][1:]

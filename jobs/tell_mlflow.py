@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -83,6 +84,11 @@ def tell_the_rest(project: Project, store: Store) -> None:
             failed = error
     if failed:
         raise failed
+
+
+def named_tracker(recipe: Finetune) -> bool:
+    """Is an MLflow named, which all hosts reach? Otherwise it is a file of the project's folder."""
+    return bool(recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def _is_at_rest(store: Store, model: str) -> bool:

@@ -13,7 +13,8 @@ from jobs.fetch_base import fetch_base
 from jobs.steps import BENCH, Bench, State, at_work
 from jobs.target_of import RUNPOD, target_of
 from jobs.targets.local_card import LocalCard
-from jobs.tell_mlflow import keep_telling
+from jobs.tell_mlflow import keep_telling, named_tracker
+from jobs.through_bucket import lends
 from jobs.token_histogram import look
 from jobs.watch_job import JobWatch
 from registry import runs
@@ -21,8 +22,8 @@ from registry.calibration import note_measured, of_result
 from registry.candidates import wish_of
 from registry.card_profiles import GIB, by_runpod_id
 from registry.cards import marker, pick_card
-from registry.errors import FtError
-from registry.hosts import host_id
+from registry.errors import FtError, JobError
+from registry.hosts import all_cards, choose_card, host_id, hosts
 from registry.job_folder import JobFolder
 from registry.rentals import current, rentals
 from registry.store import Store
@@ -36,11 +37,14 @@ async def train_job(bench: Bench, run_id: str, plan: State) -> State:
     recipe, rented = bench.recipe(run_id), bool(plan.get("rent"))
     if rented:
         runs.note_result(bench.store, run_id, rented_by=host_id())
-    else:
+    elif not plan.get("through"):
+        _refuse_copied_folder(bench, run_id)
         await bench.outside("set-up", asyncio.to_thread(fetch_base, bench.project, recipe.base))
     target = target_of(bench.project, bench.store, bench.settings, recipe, plan)
     watch = JobWatch(bench, run_id, recipe, target, RUNPOD if rented else plan["card"])
     tracking = asyncio.create_task(keep_telling(bench, run_id, plan))
+    if lends(bench) and not named_tracker(recipe):
+        tracking.cancel()  # it would tell a file of this host, which nobody reads
     with nullcontext() if rented else _card_wanted(bench, plan):
         try:
             result = await watch.until_done()
@@ -52,8 +56,8 @@ async def train_job(bench: Bench, run_id: str, plan: State) -> State:
             tracking.cancel()
     if rented:
         await asyncio.to_thread(target.fetch, watch.folder, watch.job.adapter)
-    if plan.get("planned"):
-        await asyncio.to_thread(_measure, bench, run_id, plan, result)
+    if not plan.get("through"):
+        await asyncio.to_thread(measure, bench, run_id, plan, result)
     return result
 
 
@@ -64,7 +68,7 @@ def let_go(run_id: str, others: Container[str] = ()) -> bool:
     """
     bench = BENCH.get()
     planned = bench.run(run_id).result
-    if planned.get("rented_by" if "rent" in planned else "host", host_id()) in others:
+    if planned.get("rented_by" if planned.get("rent") else "host", host_id()) in others:
         return False
     gone = _pod_is_gone if planned.get("rent") else _card_is_free
     return gone(bench, run_id, planned) and run_id not in at_work()
@@ -101,8 +105,10 @@ def _pod_is_gone(bench: Bench, run_id: str, planned: dict[str, Any]) -> bool:
     return False
 
 
-def _measure(bench: Bench, run_id: str, plan: State, result: State) -> None:
-    """Keep what it really took, for the next plans. That it cannot be kept is no reason to fail a run that is done."""
+def measure(bench: Bench, run_id: str, plan: State, result: State) -> None:
+    """Keep what it really took, for the next plans: where the data are. If it cannot be kept, the run goes on."""
+    if not plan.get("planned"):
+        return
     recipe = bench.recipe(run_id)
     try:
         card, memory = _trained_on(bench, run_id, plan, result)
@@ -118,11 +124,21 @@ def _measure(bench: Bench, run_id: str, plan: State, result: State) -> None:
 def _trained_on(bench: Bench, run_id: str, plan: State, result: State) -> tuple[str, int]:
     """The card's title and bytes; of a pod's, what the trainer found in it counts."""
     if not plan.get("rent"):
-        card = pick_card(plan["card"])
+        card = choose_card(f"{plan['host']}/{plan['card']}", all_cards(hosts(bench.store)), (), {}).card
         return card.title if not card.is_cpu else "cpu", card.memory
     gpu = rentals(bench.store, job=run_id)[-1].gpu
     profile = by_runpod_id(gpu)
     return str(result.get("card") or gpu), int(profile.memory_gib * GIB) if profile else 0
+
+
+def _refuse_copied_folder(bench: Bench, run_id: str) -> None:
+    folder = bench.project.job_folder(run_id)
+    if not (folder / "spec.json").exists():
+        raise JobError(
+            "the job's folder is not here, though this host and the one that planned it seem to share theirs",
+            place=str(folder), fix=f"was .ft copied to {host_id()}? Delete {bench.project.home / 'folder.id'} there, "
+            f"start its worker again, then `ft resume {run_id}`",
+        )  # fmt: skip
 
 
 def _card_wanted(bench: Bench, plan: State) -> AbstractContextManager[None]:

@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from jobs import runtime
 from jobs.deliver import Deliverer
 from jobs.dispatch import Dispatcher, has_news
 from jobs.finetune import begin, bind
+from jobs.follow_jobs import keep_followed
 from jobs.hosts import Post
 from jobs.mlflow_aliases import AliasWatch
 from jobs.pod_reaper import keep_reaped
@@ -23,6 +26,7 @@ from jobs.train_job import let_go
 from jobs.worker_process import close_gate, take_worker_lock
 from registry import runs
 from registry.errors import FtError, StoreError
+from registry.folders import leads
 from registry.hosts import pauses
 from registry.project import Project, find_project
 from registry.rentals import any_open
@@ -58,14 +62,15 @@ def work(project: Project, *, forever: bool = False, ready: Path | None = None) 
         return
     store, settings = open_store(project), load_settings(project)
     bind(project, store, settings)
-    runtime.launch(project, pauses(store))
-    threading.Thread(target=_keep_mlflow_told, args=[project, store], name="mlflow", daemon=True).start()
-    threading.Thread(target=_keep_pruned, args=[project, store, settings], name="prune", daemon=True).start()
-    threading.Thread(target=AliasWatch(project, store).run, name="aliases", daemon=True).start()
-    threading.Thread(target=keep_reaped, args=[store, settings], name="pods", daemon=True).start()
+    lends = not leads(project, store)
+    if lends:
+        print("another folder leads this project: this host lends its cards", flush=True)
+    runtime.launch(project, pauses(store), lends=lends)
+    _start_beside(project, store, settings, lends=lends)
     changes, busy_at, messages = store.database.changes(), time.monotonic(), Deliverer(project, store)
-    post, dispatcher = Post(store, settings.lost_seconds, settings.cards), Dispatcher(project, store)
-    messages.start()
+    post, dispatcher = Post(project, store, settings), Dispatcher(project, store)
+    if not lends:
+        messages.start()
     while True:
         if _look(store, post, dispatcher, messages):
             busy_at = time.monotonic()
@@ -77,6 +82,20 @@ def work(project: Project, *, forever: bool = False, ready: Path | None = None) 
             post.leave()
             return
         changes.wait(QUIET_SECONDS, LOOK_SECONDS)
+
+
+def _start_beside(project: Project, store: Store, settings: Settings, *, lends: bool) -> None:
+    """What goes on beside the runs. Where cards are lent, MLflow and what is kept are those of another folder."""
+    beside: dict[str, Callable[[], None]] = {
+        "prune": partial(_keep_pruned, project, store, settings, lends),
+        "pods": partial(keep_reaped, store, settings),
+    }
+    if not lends:
+        beside["mlflow"] = partial(_keep_mlflow_told, project, store)
+        beside["aliases"] = AliasWatch(project, store).run
+        beside["lent cards"] = keep_followed
+    for name, work in beside.items():
+        threading.Thread(target=work, name=name, daemon=True).start()
 
 
 def _look(store: Store, post: Post, dispatcher: Dispatcher, messages: Deliverer) -> bool:
@@ -138,11 +157,11 @@ def _keep_mlflow_told(project: Project, store: Store) -> None:
         time.sleep(TELL_SECONDS)
 
 
-def _keep_pruned(project: Project, store: Store, settings: Settings) -> None:
+def _keep_pruned(project: Project, store: Store, settings: Settings, lends: bool) -> None:
     """Killed with the worker in the middle, the next prune goes on."""
     while settings.keep.auto:
         try:
-            prune_daily(project, store, settings.keep)
+            prune_daily(project, store, settings.keep, lends=lends)
         except Exception as error:  # a full disk, a locked database: no reason for the worker to end
             print(error, file=sys.stderr, flush=True)
         time.sleep(PRUNE_LOOK_SECONDS)

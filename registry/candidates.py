@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from registry import runs
@@ -16,10 +16,11 @@ from registry.calibration import measured
 from registry.card_profiles import CPU, GIB, CardProfile, by_runpod_id, sized_profile, usable_memory
 from registry.cards import Card, ServeMode
 from registry.errors import BaseModelError, DoesNotFit, WrongInput
+from registry.folders import folder_id
 from registry.geometry import geometry_of, known_geometry
 from registry.gpu_prices import CLOUDS, GpuPrice, Prices, gpu_prices, seed_prices
 from registry.histogram import Histogram
-from registry.hosts import HostCard, all_cards, hosts, is_named, pauses
+from registry.hosts import HostCard, all_cards, cut_off, hosts, is_named, pauses
 from registry.plan import Measured, Place, Verdict, Wish, plan_training
 from registry.plan_serving import Served, ServeWish, plan_serving
 from registry.recipe import Recipe
@@ -88,22 +89,27 @@ class Judged:
 
 @dataclass(frozen=True)
 class Around:
-    """What there is now: cards with who waits for each (by HOST/CARD), prices, what earlier runs measured."""
+    """What there is now: cards with who waits for each (by HOST/CARD), prices, what earlier runs measured.
+
+    `cut`: why the cards of some hosts cannot be had, by host.
+    """
 
     cards: Sequence[HostCard]
     paused: frozenset[str]
     busy: Mapping[str, int]
     prices: Prices
     measured: Sequence[Measured] = ()
+    cut: Mapping[str, str] = field(default_factory=dict)
 
 
 def look_around(store: Store, settings: Settings, *, prices: bool, besides: str = "") -> Around:
     """`prices`: ask RunPod for its own; else the table will do. `besides`: a run that does not count as waiting."""
     on = [run.result for run in runs.listed(store, active=True, limit=1000) if run.id != besides]
     busy = Counter(f"{each['host']}/{each['card']}" for each in on if "host" in each)
-    there = all_cards(hosts(store), settings.cards)
+    others = hosts(store)
+    there, cut = all_cards(others, settings.cards), cut_off(others, folder_id(store.home), settings.bucket)
     known = gpu_prices(store.home, settings) if prices else seed_prices()
-    return Around(there, frozenset(pauses(store)), busy, known, measured(store))
+    return Around(there, frozenset(pauses(store)), busy, known, measured(store), cut)
 
 
 def wish_of(recipe: Recipe, histogram: Histogram, config: Mapping[str, Any] | None) -> Wish:
@@ -208,7 +214,8 @@ def _own(recipe: Recipe, place: HostCard, around: Around) -> Candidate:
     return Candidate(
         name=place.name, kind="card", place=there, memory=card.memory,
         queue=around.busy.get(place.name, 0), paused=place.name in around.paused,
-        why_not="" if is_named(place, recipe.card) else named, host=place.host, card=card.name,
+        why_not=around.cut.get(place.host, "") if is_named(place, recipe.card) else named,
+        host=place.host, card=card.name,
         serve=card.serve,
     )  # fmt: skip
 

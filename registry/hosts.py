@@ -10,13 +10,14 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from registry.cards import Card, as_set, list_cards, pick_card
 from registry.errors import WrongInput
 from registry.events import append_within, new_event
+from registry.folders import is_away
 from registry.host_name import host_name
 from registry.store import Store, dump
 
@@ -29,10 +30,11 @@ AS_THEY_ARE: Mapping[str, CardSetting] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class HostCard:
-    """A card and where it is; `name` is what a recipe may say: HOST/CARD."""
+    """A card and where it is; `name` is what a recipe may say: HOST/CARD. `folder`: its host's, '' for this one."""
 
     host: str
     card: Card
+    folder: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -41,7 +43,10 @@ class HostCard:
 
 @dataclass(frozen=True)
 class Host:
-    """A machine with a worker. `seen` is when its worker last wrote (Unix time, by that machine's clock)."""
+    """A machine with a worker. `seen` is when its worker last wrote (Unix time, by that machine's clock).
+
+    `folder` names the project's folder that it works in (`registry/folders.py`), `bucket` is its setting.
+    """
 
     id: str
     started: float
@@ -49,6 +54,8 @@ class Host:
     seen: float
     cards: tuple[Card, ...]
     pid: int
+    folder: str = ""
+    bucket: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,10 @@ def served_cards(settings: Mapping[str, CardSetting] = AS_THEY_ARE) -> list[Card
     return as_set([*found.values()], settings)
 
 
-def beat(store: Store, host: str, started: float, cards: Iterable[Card]) -> None:
+def beat(store: Store, host: str, started: float, cards: Iterable[Card], folder: str = "", bucket: str = "") -> None:
     """Say that the host's worker lives, and what it has."""
-    body = dump({"cards": [asdict(card) for card in cards], "pid": os.getpid()})
+    has = {"cards": [asdict(card) for card in cards], "pid": os.getpid(), "folder": folder, "bucket": bucket}
+    body = dump(has)
     with store.writing() as connection:
         connection.execute(
             "INSERT INTO hosts (id, started, beat, seen, body) VALUES (?,?,1,?,?) ON CONFLICT (id) DO UPDATE "
@@ -111,7 +119,8 @@ def hosts(store: Store) -> list[Host]:
     found = []
     for row in store.read("SELECT * FROM hosts ORDER BY id"):
         body = json.loads(row.pop("body"))
-        found.append(Host(**row, cards=tuple(Card(**each) for each in body["cards"]), pid=body["pid"]))
+        cards = tuple(Card(**each) for each in body.pop("cards"))
+        found.append(Host(**row, **body, cards=cards))
     return found
 
 
@@ -145,17 +154,40 @@ def resume_card(store: Store, place: HostCard, by_whom: str) -> bool:
 def all_cards(known: Iterable[Host], settings: Mapping[str, CardSetting] = AS_THEY_ARE) -> list[HostCard]:
     """This host's cards first, as ft.yaml's `cards` sets them, then those of the others as they set theirs."""
     here = [HostCard(host_id(), card) for card in served_cards(settings)]
-    return here + [HostCard(each.id, card) for each in known if each.id != host_id() for card in each.cards]
+    others = [each for each in known if each.id != host_id()]
+    return here + [HostCard(each.id, card, each.folder) for each in others for card in each.cards]
 
 
-def choose_card(wanted: str, there: list[HostCard], paused: Iterable[str], busy: dict[str, int]) -> HostCard:
+def cut_off(known: Iterable[Host], here: str, bucket: str) -> dict[str, str]:
+    """Why the cards of some hosts cannot be had from the folder `here`, whose setting is `bucket`. Pure."""
+    found = {}
+    for host in (each for each in known if is_away(each.folder, here)):
+        if not bucket:
+            found[host.id] = "shares no folder with this host, and no `bucket:` is set"
+        elif host.bucket != bucket:
+            its = f"its `bucket:` is {host.bucket}, here it is {bucket}" if host.bucket else "it has no `bucket:`"
+            found[host.id] = f"shares no folder with this host, and {its}"
+    return found
+
+
+def choose_card(
+    wanted: str,
+    there: list[HostCard],
+    paused: Iterable[str],
+    busy: dict[str, int],
+    cut: Mapping[str, str] = MappingProxyType({}),
+) -> HostCard:
     """The card for a recipe's `card:`; `there` has this host's cards first, `busy` says how many runs want each.
 
     'auto' takes an accelerator before a CPU, one that is not paused, the least wanted, and one of this host before
-    others. Raises WrongInput where there is no such card. Pure.
+    others. Those of hosts that are `cut` off are none. Raises WrongInput where there is no such card. Pure.
     """
     paused = set(paused)
-    fitting = [each for each in there if is_named(each, wanted)]
+    named = [each for each in there if is_named(each, wanted)]
+    fitting = [each for each in named if each.host not in cut]
+    if named and not fitting:
+        raise WrongInput(f"{named[0].host} {cut[named[0].host]}", place=f"card {named[0].name}",
+                         fix="name one bucket on both hosts, or share the folder (docs/hosts.md)")  # fmt: skip
     if not fitting:
         raise WrongInput(f"no card '{wanted}'", place="card",
                          fix=f"there is: {', '.join(each.name for each in there)}; `ft cards` shows them")  # fmt: skip

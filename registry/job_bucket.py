@@ -28,6 +28,7 @@ from registry.bucket import AT_ONCE, Bucket, Changed
 from registry.errors import BucketError, JobError
 from registry.job_folder import Held, JobFolder, Lease, LeaseLost, steps_of, write_whole
 from registry.manifest import MANIFEST, broken_files, sha256_of
+from registry.whole_folders import fetch_whole, share_folder
 
 # A trainer goes on for half of it without reaching the bucket, so an outage of ten minutes costs nothing.
 LEASE_SECONDS = 1200.0
@@ -81,20 +82,34 @@ class JobBucket:
 
     def push(self, job: JobFolder, base: Path | None = None) -> None:
         """Our side: what to do, and with which data; `base` is the base model's folder where no pod can fetch it."""
-        data = self._share(job.data, "data")
+        data = share_folder(self.bucket, job.data, "data")
         self._write_once("spec.json", (job.path / "spec.json").read_bytes())
-        for file in sorted((job.path / "attempts").glob("*.json")):
-            self._write_once(f"attempts/{file.name}", file.read_bytes())
-        model = self._share(base, "models") if base else None
+        self.send_attempts(job)
+        model = share_folder(self.bucket, base, "models") if base else None
         reason = job.stop_reason()
         self.ask_to_stop(reason) if reason else self.withdraw_stop()
         self._write_once("data.json", json.dumps({"data": data, "model": model}, sort_keys=True).encode())
+
+    def send_attempts(self, job: JobFolder) -> None:
+        """What is different by now. One that was decided on again, after a new plan, replaces the one before."""
+        for file in sorted((job.path / "attempts").glob("*.json")):
+            self.bucket.put(f"{self.root}/attempts/{file.name}", file.read_bytes())
 
     def pull(self, job: JobFolder) -> None:
         """Our side: lease, progress, log and the accepted result into the local folder, where everything reads them."""
         job.path.mkdir(parents=True, exist_ok=True)
         self._pull_progress(job)
         self._pull_log(job)
+        self.pull_lease(job)
+
+    def pull_attempts(self, job: JobFolder) -> None:
+        """What another host decided on, before this one decides."""
+        job.path.mkdir(parents=True, exist_ok=True)
+        self.bucket.fetch(f"{self.root}/attempts", job.path / "attempts")
+
+    def pull_lease(self, job: JobFolder) -> None:
+        """Lease and accepted result alone: where the trainer writes log and progress, the bucket's are older."""
+        job.path.mkdir(parents=True, exist_ok=True)
         found = self.bucket.get(f"{self.root}/lease.json")
         if found is None:
             return
@@ -118,7 +133,7 @@ class JobBucket:
         held, result = self.lease(), self.result()
         if held is None or result is None or result["status"] != "ok":
             raise JobError(f"job {self.job_id} has no adapter yet", place=self.bucket.place)
-        if not self._fetch_whole(f"{self.root}/results/{held.lease.epoch:04d}/adapter", target):
+        if not fetch_whole(self.bucket, f"{self.root}/results/{held.lease.epoch:04d}/adapter", target):
             raise BucketError(f"the adapter of job {self.job_id} is damaged in the bucket", place=self.bucket.place,
                               fix=f"`ft resume {self.job_id}` trains it again from its checkpoint")  # fmt: skip
 
@@ -159,7 +174,12 @@ class JobBucket:
         return str(json.loads(found.body)["reason"]) if found else None
 
     def fetch_job(self, job: JobFolder) -> None:
-        """A pod's side: what to do, the data, the newest whole checkpoint. Raises JobError if it is not whole."""
+        """Who trains: what to do, the data, the newest whole checkpoint. Raises JobError if it is not whole."""
+        self.fetch_task(job)
+        self._fetch_checkpoint(job)
+
+    def fetch_task(self, job: JobFolder) -> None:
+        """What to do, and the data."""
         named = self.bucket.get(f"{self.root}/data.json")
         if named is None:
             raise JobError(f"job {self.job_id} is not (or half) in the bucket", place=self.bucket.place,
@@ -169,17 +189,16 @@ class JobBucket:
         self.bucket.fetch(f"{self.root}/attempts", job.path / "attempts")
         digest = str(json.loads(named.body)["data"])
         if not (job.path / ".data").exists():
-            if not self._fetch_whole(f"data/{digest}", job.data):
+            if not fetch_whole(self.bucket, f"data/{digest}", job.data):
                 raise _damaged(f"data/{digest}", self.bucket)
             (job.data / MANIFEST).unlink()  # a dataset has no such file
             (job.path / ".data").touch()
-        self._fetch_checkpoint(job)
 
     def fetch_model(self, target: Path) -> bool:
         """The base model, if our side has sent it; False otherwise."""
         named = self.bucket.get(f"{self.root}/data.json")
         digest = json.loads(named.body).get("model") if named else None
-        return bool(digest) and self._fetch_whole(f"models/{digest}", target)
+        return bool(digest) and fetch_whole(self.bucket, f"models/{digest}", target)
 
     def send_checkpoint(self, checkpoint: Path, keep: int = 2) -> None:
         """Files first, the manifest last; then older ones than the newest `keep` are deleted."""
@@ -235,31 +254,6 @@ class JobBucket:
                     fix="another project uses this bucket: give it a prefix of its own",
                 ) from None  # fmt: skip
 
-    def _share(self, folder: Path, kind: str) -> str:
-        """Send a folder unless the same content is there; its digest, which is its name."""
-        kept = None if (folder / MANIFEST).exists() else _manifest_of(folder)
-        digest = hashlib.sha256(kept).hexdigest() if kept else sha256_of(folder / MANIFEST)
-        if self.bucket.get(f"{kind}/{digest}/{MANIFEST}") is None:
-            self.bucket.send(folder, f"{kind}/{digest}")
-            if kept:
-                self.bucket.put(f"{kind}/{digest}/{MANIFEST}", kept)
-        return digest
-
-    def _fetch_whole(self, prefix: str, target: Path) -> bool:
-        """A folder with a manifest into `target`; False if it is not complete or not as its manifest says."""
-        if self.bucket.get(f"{prefix}/{MANIFEST}") is None:
-            return False
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.bucket.fetch(prefix, partial)
-        if broken_files(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            return False
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
-        return True
-
     def _checkpoints(self) -> list[str]:
         """Names of the complete ones, most steps first."""
         start = f"{self.root}/checkpoints/"
@@ -270,10 +264,12 @@ class JobBucket:
     def _fetch_checkpoint(self, job: JobFolder) -> None:
         # Of a job that begins anew, what earlier trainers saved does not count.
         begun = max((each["after"] for each in job.attempts() if each.get("anew")), default=0)
+        for old in [each for each in job.checkpoints.glob("*-*") if steps_of(each)[1] <= begun]:
+            shutil.rmtree(old, ignore_errors=True)
         here = {each.name for each in job.complete_checkpoints()}
         for name in self._checkpoints():
             if steps_of(Path(name))[1] > begun and (
-                name in here or self._fetch_whole(f"{self.root}/checkpoints/{name}", job.checkpoints / name)
+                name in here or fetch_whole(self.bucket, f"{self.root}/checkpoints/{name}", job.checkpoints / name)
             ):
                 return
 
@@ -337,12 +333,6 @@ def _digest_of(file: Path) -> str:
 def _is_open(lease: Lease, new: Lease) -> bool:
     """Is it the same trainer's own lease, with no result yet? Then its earlier write was done without an answer."""
     return (lease.epoch, lease.owner, lease.result) == (new.epoch, new.owner, None)
-
-
-def _manifest_of(folder: Path) -> bytes:
-    """As write_manifest's, of a folder that gets no such file."""
-    names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file())
-    return json.dumps({"files": {name: sha256_of(folder / name) for name in names}}, sort_keys=True).encode()
 
 
 def _damaged(prefix: str, bucket: Bucket) -> JobError:

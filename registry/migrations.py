@@ -163,6 +163,10 @@ MIGRATIONS = [
         reserved_usd REAL NOT NULL, usd REAL NOT NULL DEFAULT 0, created REAL NOT NULL, ended REAL);
     CREATE INDEX charges_by_run ON charges (run_id);
     """,
+    # Hosts that share this database and not the project's folder: the folder from which runs are led.
+    """
+    CREATE TABLE leading_folder (one INTEGER PRIMARY KEY, folder TEXT NOT NULL, since REAL NOT NULL);
+    """,
 ]
 
 

@@ -35,6 +35,7 @@ from registry.cards import (
     wanted,
 )
 from registry.errors import BaseModelError, EngineError, FtError, StoreError, Trouble
+from registry.folders import refuse_lending
 from registry.project import Project, find_project
 from registry.recipe import Serve
 from registry.settings import Settings, load_settings
@@ -58,8 +59,10 @@ TRAINING_RETRY_AFTER = 30
 def run_server(project: Project, store: Store, settings: Settings, config: EngineConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises Trouble for a port in use, Conflict beside another server, WrongInput for a card that is not for serving.
+    Raises Trouble for a port in use, Conflict beside another server or where another folder leads, WrongInput for a
+    card that is not for serving.
     """
+    refuse_lending(project, store)
     refuse_serving(config.card, settings.cards)
     with only_server(project, store) as still:
         listening = listen_as_gateway(settings)

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from jobs.targets.target import Poll
 from registry.cards import Card, CardLock, holder, try_lock
@@ -29,12 +31,15 @@ _started: list[tuple[Path, subprocess.Popen[bytes]]] = []
 class LocalCard:
     """Starts `python -m jobs.trainer FOLDER` while holding the card's lock, which the trainer keeps.
 
-    `python` is the one whose environment trains; this process's where none is named.
+    `python` is the one whose environment trains; this process's where none is named. `env` is what its trainers get.
     """
 
-    def __init__(self, project: Project, card: Card, python: str = "", stop_seconds: float = STOP_SECONDS) -> None:
+    def __init__(
+        self, project: Project, card: Card, python: str = "", stop_seconds: float = STOP_SECONDS,
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.project, self.card, self.python = project, card, python or sys.executable
-        self.stop_seconds = stop_seconds
+        self.stop_seconds, self.env = stop_seconds, env
 
     def launch(self, folder: Path) -> bool:
         job = JobFolder(folder)
@@ -107,6 +112,7 @@ class LocalCard:
                     "CUDA_VISIBLE_DEVICES": visible,
                     "FT_CACHE": str(self.project.cache),
                     "PYTHONUNBUFFERED": "1",
+                    **self.env,
                 },
             )
         _started.append((job.path, trainer))

@@ -152,3 +152,20 @@ POINTS: list[Point] = [
     Point("wait until served: the engine dies at the flip (engine)", "server",
           "serving.reconciler:Reconciler._append_served", "call", victim="engine"),
 ]  # fmt: skip
+
+# Where the card is that of a host with another folder. The sweep has one host, so these are killed at in
+# tests/flows/test_lent_cards.py, on the host that leads or on the one that lends its card.
+_BUCKET = "registry.job_bucket:JobBucket"
+LENT: list[Point] = [
+    *_around("plan", f"{_BUCKET}.push"),
+    *_around("train", f"{_BUCKET}.fetch_job"),
+    *_around("train", "jobs.job_base:base_here"),
+    *_around("train", "jobs.targets.bucket_card:BucketCard._begin_mirror"),
+    *_around("train", f"{_BUCKET}.send_part", count=2),
+    *_around("train", f"{_BUCKET}.send_checkpoint"),
+    *_around("register", "jobs.through_bucket:bring_adapter"),
+    *_boundaries("share"),
+    *_around("share", "registry.whole_folders:share_folder", where={"kind": "adapters"}),
+    *_around("evaluate", "jobs.through_bucket:bring_for_evaluation"),
+]
+ON_LENT_CARD = ("train", "evaluate")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.pod_env import IN_BUCKET, pod_env
+from jobs.pod_mirror import Mirror
 from jobs.pod_watchdog import Limits, Seen, Usage, Watchdog, why_end
 from jobs.trainer import Claim
 from registry.bucket import open_bucket
@@ -372,3 +373,21 @@ def test_a_volume_that_cannot_be_written_is_done_without(field: Field, tmp_path:
     said = field.until_gone(field.rent(FT_CACHE=str(tmp_path / "volume" / "cache")))
     assert "cannot be written; base models go to" in said
     assert "the end: the job is done" in said
+
+
+def test_a_mirror_that_was_killed_while_it_sent_sends_the_same_part_again(field: Field, tmp_path: Path) -> None:
+    """More lies there by now, and it comes under a name of its own: what was fetched already is not looked at again."""
+    job, note = JobFolder(tmp_path / "there"), tmp_path / "mirror.json"
+    job.path.mkdir()
+    first = Mirror(job, field.remote, 1.0, note=note)
+    job.add_progress(1, 1, [{"step": 1}])
+    job.log.write_bytes(b"one\n")
+    first.bundle, first.log_to = job.progress_files(), 4
+    first._keep()
+    job.add_progress(1, 2, [{"step": 2}])
+    job.log.write_bytes(b"one\ntwo\n")
+    Mirror(job, field.remote, 2.0, note=note).round()
+    names = [each.key for each in field.remote.bucket.names(f"{field.remote.root}/progress/")]
+    assert [name.rpartition("/")[2] for name in names] == ["0001-000001.jsonl", "0001-000002.jsonl"]
+    assert field.made.steps() == [1, 2]
+    assert field.log() == "one\ntwo\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from jobs.rent import Offer
+from jobs.targets.bucket_card import BucketCard
 from jobs.targets.local_card import LocalCard
 from jobs.targets.runpod_pod import Rent, RunPodPod
 from jobs.targets.target import Target
@@ -102,13 +104,15 @@ def trainer(tmp_path: Path, base: BaseModel) -> str:
     return f"{shlex.quote(sys.executable)} -m tests.flows.torch_free_trainer {shlex.quote(str(tmp_path / 'made'))}"
 
 
-@pytest.fixture(params=["local card", "runpod pod"])
+@pytest.fixture(params=["local card", "bucket card", "runpod pod"])
 def place(request: pytest.FixtureRequest, project: Project, store: Store, job: JobFolder, trainer: str,
           tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:  # fmt: skip
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     with ExitStack() as stack:
         if request.param == "local card":
             yield _on_card(project, job, trainer, tmp_path)
+        elif request.param == "bucket card":
+            yield stack.enter_context(_on_lent_card(project, job, trainer, tmp_path, request.getfixturevalue("s3")))
         else:
             cloud = stack.enter_context(standin(tmp_path / "cloud", provision=0.1, start=0.1, grace=5))
             yield stack.enter_context(
@@ -116,11 +120,37 @@ def place(request: pytest.FixtureRequest, project: Project, store: Store, job: J
             )
 
 
-def _on_card(project: Project, job: JobFolder, trainer: str, tmp_path: Path) -> Place:
+def _python(trainer: str, tmp_path: Path) -> str:
+    """What takes `-m jobs.trainer FOLDER` as a Python does, and starts that trainer."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nshift 2\nexec {trainer} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
-    target = LocalCard(project, pick_card("cpu"), str(python), stop_seconds=20)
+    return str(python)
+
+
+@contextmanager
+def _on_lent_card(
+    project: Project, job: JobFolder, trainer: str, tmp_path: Path, s3: WeedServer
+) -> Iterator[Place]:  # fmt: skip
+    """The host has an empty folder and an empty cache; the job was made, and sent to the bucket, elsewhere."""
+    settings = s3.settings(f"lent/{tmp_path.name}", trainer_python=_python(trainer, tmp_path))
+    with closing(open_bucket(settings)) as bucket:
+        remote = JobBucket(bucket, job.name)
+        remote.push(job, project.models / "local-none@1")
+        shutil.rmtree(job.path)
+        project.models.unlink()  # a link to the person's own
+
+        def kill() -> None:
+            held = remote.lease()
+            assert held is not None
+            os.kill(held.lease.pid, signal.SIGKILL)
+
+        target = BucketCard(project, pick_card("cpu"), bucket, settings, stop_seconds=20)
+        yield Place(target, job, kill, lambda: int(target.poll(job.path).state == "running"))
+
+
+def _on_card(project: Project, job: JobFolder, trainer: str, tmp_path: Path) -> Place:
+    target = LocalCard(project, pick_card("cpu"), _python(trainer, tmp_path), stop_seconds=20)
 
     def kill() -> None:
         held = job.lease()
