@@ -142,7 +142,13 @@ async def _note_end(bench: Bench, run_id: str, name: str, attempt: int, error: F
     if isinstance(error, StoreError):  # waited for in vain; the worker writes it down when it can
         return
     await through_outage(_end, bench, run_id, name, attempt, error.what)
-    await through_outage(runs.finish, bench.store, run_id, "failed", error)
+    await through_outage(_fail, bench, run_id, error)
+
+
+def _fail(bench: Bench, run_id: str, error: FtError) -> None:
+    """A trainer that a cancel has stopped may be seen before the cancel reaches its step: that is no failure."""
+    if bench.run(run_id).wish not in runs.STOPS:
+        runs.finish(bench.store, run_id, "failed", error)
 
 
 def _end(bench: Bench, run_id: str, name: str, attempt: int, error: str = "") -> None:

@@ -37,13 +37,15 @@ class TorchFree:
         smoked = _smoke(task) if task.recipe.train.smoke and not done else None
         began = time.monotonic()
         meter.begin(done, steps)
-        while done < steps and not task.stop():
+        stopped = task.stop()
+        while done < steps and not stopped:
             time.sleep(STEP_SECONDS)
             done += 1
             meter.log(done, {"loss": 1.0 / done, "num_tokens": 100.0 * done}, MEMORY)
-            if done % task.recipe.train.checkpoint_steps == 0:
+            stopped = task.stop() if done < steps else None
+            if done % task.recipe.train.checkpoint_steps == 0 or stopped:
+                task.ship()
                 _save_checkpoint(task, done)
-        stopped = task.stop() if done < steps else None
         if stopped is None:
             _save_adapter(task, self.made)
         seconds = time.monotonic() - began
