@@ -1,14 +1,15 @@
 """One job's folder in a bucket, for who trains beyond this machine: the same files, with the lease as compare-and-set.
 
 jobs/<id>/spec.json, attempts/      as in a job folder
-jobs/<id>/data.json                 names the shared data; written last, so the job is whole when it is there
+jobs/<id>/data.json                 names what is shared; written last, so the job is whole when it is there
 jobs/<id>/lease.json                the claim; naming a result's hash in it is the acceptance
 jobs/<id>/results/<epoch>/          result.json and adapter/, sent before the lease names them
 jobs/<id>/permit.json, stop.json    our side's word to who trains
 jobs/<id>/progress/, log/, checkpoints/   sent as they come, each file written once
 jobs/<id>/ended/<attempt>.json      why a pod ended itself
 jobs/<id>/pods/<attempt>-<pod>      a pod was here
-data/<sha256>/, models/<sha256>/    by content, shared by jobs; complete with MANIFEST.json
+data/, models/, adapters/<sha256>/  by content, shared by jobs; complete with MANIFEST.json
+An evaluation's <id> is <run>/evaluate-<n>.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 from registry.bucket import AT_ONCE, Bucket, Changed
 from registry.errors import BucketError, JobError
 from registry.job_folder import Held, JobFolder, Lease, LeaseLost, steps_of, write_whole
-from registry.manifest import MANIFEST, broken_files, sha256_of
+from registry.manifest import MANIFEST, broken_files, manifest_bytes, sha256_of
 
 # A trainer goes on for half of it without reaching the bucket, so an outage of ten minutes costs nothing.
 LEASE_SECONDS = 1200.0
@@ -81,14 +82,16 @@ class JobBucket:
 
     def push(self, job: JobFolder, base: Path | None = None) -> None:
         """Our side: what to do, and with which data; `base` is the base model's folder where no pod can fetch it."""
-        data = self._share(job.data, "data")
+        data = self._share(job.data.resolve(), "data")
         self._write_once("spec.json", (job.path / "spec.json").read_bytes())
         for file in sorted((job.path / "attempts").glob("*.json")):
             self._write_once(f"attempts/{file.name}", file.read_bytes())
         model = self._share(base, "models") if base else None
+        asked = [self._share(each.resolve(), "adapters") for each in sorted((job.path / "adapters").glob("*"))]
         reason = job.stop_reason()
         self.ask_to_stop(reason) if reason else self.withdraw_stop()
-        self._write_once("data.json", json.dumps({"data": data, "model": model}, sort_keys=True).encode())
+        shared = {"data": data, "model": model, **({"adapters": asked} if asked else {})}
+        self._write_once("data.json", json.dumps(shared, sort_keys=True).encode())
 
     def pull(self, job: JobFolder) -> None:
         """Our side: lease, progress, log and the accepted result into the local folder, where everything reads them."""
@@ -163,16 +166,17 @@ class JobBucket:
         named = self.bucket.get(f"{self.root}/data.json")
         if named is None:
             raise JobError(f"job {self.job_id} is not (or half) in the bucket", place=self.bucket.place,
-                           fix=f"`ft resume {self.job_id}` sends it again")  # fmt: skip
+                           fix=f"`ft resume {self.job_id.partition('/')[0]}` sends it again")  # fmt: skip
         job.path.mkdir(parents=True, exist_ok=True)
         self.bucket.fetch(self.root, job.path, only=["spec.json"])
         self.bucket.fetch(f"{self.root}/attempts", job.path / "attempts")
-        digest = str(json.loads(named.body)["data"])
+        shared = json.loads(named.body)
         if not (job.path / ".data").exists():
-            if not self._fetch_whole(f"data/{digest}", job.data):
-                raise _damaged(f"data/{digest}", self.bucket)
+            self._fetch_shared(f"data/{shared['data']}", job.data)
             (job.data / MANIFEST).unlink()  # a dataset has no such file
             (job.path / ".data").touch()
+        for digest in shared.get("adapters", ()):
+            self._fetch_shared(f"adapters/{digest}", job.path / "adapters" / digest)
         self._fetch_checkpoint(job)
 
     def fetch_model(self, target: Path) -> bool:
@@ -237,13 +241,18 @@ class JobBucket:
 
     def _share(self, folder: Path, kind: str) -> str:
         """Send a folder unless the same content is there; its digest, which is its name."""
-        kept = None if (folder / MANIFEST).exists() else _manifest_of(folder)
+        kept = None if (folder / MANIFEST).exists() else manifest_bytes(folder)
         digest = hashlib.sha256(kept).hexdigest() if kept else sha256_of(folder / MANIFEST)
         if self.bucket.get(f"{kind}/{digest}/{MANIFEST}") is None:
             self.bucket.send(folder, f"{kind}/{digest}")
             if kept:
                 self.bucket.put(f"{kind}/{digest}/{MANIFEST}", kept)
         return digest
+
+    def _fetch_shared(self, prefix: str, target: Path) -> None:
+        if not self._fetch_whole(prefix, target):
+            raise JobError(f"{prefix} is not whole in the bucket", place=self.bucket.place,
+                           fix=f"delete {prefix} there, then `ft resume` the run: it is sent again")  # fmt: skip
 
     def _fetch_whole(self, prefix: str, target: Path) -> bool:
         """A folder with a manifest into `target`; False if it is not complete or not as its manifest says."""
@@ -337,14 +346,3 @@ def _digest_of(file: Path) -> str:
 def _is_open(lease: Lease, new: Lease) -> bool:
     """Is it the same trainer's own lease, with no result yet? Then its earlier write was done without an answer."""
     return (lease.epoch, lease.owner, lease.result) == (new.epoch, new.owner, None)
-
-
-def _manifest_of(folder: Path) -> bytes:
-    """As write_manifest's, of a folder that gets no such file."""
-    names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file())
-    return json.dumps({"files": {name: sha256_of(folder / name) for name in names}}, sort_keys=True).encode()
-
-
-def _damaged(prefix: str, bucket: Bucket) -> JobError:
-    return JobError(f"{prefix} is not whole in the bucket", place=bucket.place,
-                    fix=f"delete {prefix} there, then `ft resume` the run: it is sent again")  # fmt: skip
