@@ -17,18 +17,12 @@ from typing import Any
 
 from jobs.evaluation.evaluate import EvalRequest, Subject, picked_rows, subject_key
 from registry.base_models import BaseModel
-from registry.job_folder import JobFolder
+from registry.job_folder import EVALUATION, JobFolder, evaluation_number
 from registry.project import Project
 from registry.recipe import Finetune
 
-KIND, NAME = "evaluate", "evaluate-"
+KIND = "evaluate"
 Scores = dict[str, dict[str, Any]]
-
-
-def evaluation_jobs(project: Project, run_id: str) -> list[JobFolder]:
-    """The run's evaluations that were written whole, in their order."""
-    found = [path for path in project.job_folder(run_id).glob(f"{NAME}*") if (path / "spec.json").exists()]
-    return [JobFolder(path) for path in sorted(found, key=_number)]
 
 
 def write_evaluation(
@@ -36,8 +30,9 @@ def write_evaluation(
     vllm: str,
 ) -> JobFolder:  # fmt: skip
     """The next evaluation of the run, of those of the request's subjects that are to be `asked`."""
-    number = max((_number(job.path) for job in evaluation_jobs(project, run_id)), default=0) + 1
-    job = JobFolder(project.job_folder(run_id) / f"{NAME}{number}")
+    folder = project.job_folder(run_id)
+    number = max((evaluation_number(job.path) for job in JobFolder(folder).evaluations()), default=0) + 1
+    job = JobFolder(folder / f"{EVALUATION}{number}")
     # Without a spec it is what is left of one who was killed here.
     shutil.rmtree(job.path, ignore_errors=True)
     (job.path / "adapters").mkdir(parents=True)
@@ -71,8 +66,3 @@ def scores_in(job: JobFolder) -> Scores:
 
 def keys_asked(job: JobFolder) -> set[str]:
     return {str(each["key"]) for each in job.spec()["asked"]}
-
-
-def _number(path: Path) -> int:
-    number = path.name.removeprefix(NAME)
-    return int(number) if number.isdecimal() else 0

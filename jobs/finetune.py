@@ -16,6 +16,7 @@ from dbos import DBOS, SetWorkflowID
 
 from jobs.approval import wait_for_approval
 from jobs.escalation import escalate
+from jobs.evaluate_in_pod import evaluate_in_pod
 from jobs.evaluation.ask_on_engine import ask_on_engine
 from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
@@ -86,7 +87,7 @@ async def _judge_and_promote(run_id: str, plan: State, version: State) -> tuple[
     What passed against a champion that was replaced meanwhile is judged again, and asked for again.
     """
     while True:
-        scores = await _child(_queue(plan), evaluate_on_card, run_id, plan, version)
+        scores = await _child(_evaluation_queue(plan), evaluate_on_card, run_id, plan, version)
         verdict = await judge(run_id, version, scores)
         if verdict["outcome"] == "pass" and plan["promote"] == "approve":
             verdict = await wait_for_approval(run_id, verdict)
@@ -124,13 +125,16 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
     await asyncio.to_thread(write_job, bench.project, run_id, recipe, placed, base, pinned)
     shown = {name: dataset[name] for name in ("path", "hash", "rows")}
     runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=placed.card.card.name,
-                     host=placed.card.host, rent=placed.rent, plan=placed.expected)  # fmt: skip
+                     host=placed.card.host, rent=placed.rent, plan=placed.expected,
+                     evaluate_on=placed.evaluated_on, rent_to_evaluate=placed.rent_to_evaluate)  # fmt: skip
     return {
         "dataset": dataset,
         "base": base.as_dict(),
         "card": placed.card.card.name,
         "host": placed.card.host,
         "rent": placed.rent,
+        "evaluate_on": placed.evaluated_on,
+        "rent_to_evaluate": placed.rent_to_evaluate,
         "planned": placed.judged is not None,
         "promote": recipe.promote,
         "escalate": recipe.escalate and ("approve" if recipe.escalate.approve else "auto"),
@@ -186,7 +190,7 @@ async def register(bench: Bench, run_id: str, plan: State, trained: State) -> St
 
 @step("evaluate")
 async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> State:
-    """The candidate, the champion and the bare base answer the test split on the engine that will serve."""
+    """Candidate, champion and base answer the test split on the engine that will serve, or its like in a pod."""
     recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
     champion = adapters.aliases(bench.store, version["model"]).get("champion")
     request = EvalRequest.for_version(
@@ -194,9 +198,11 @@ async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> Sta
         candidate=version["version"], champion=champion,
     )  # fmt: skip
     scored = kept_scores(bench.store, request)
-    if len(scored) < len(request.asked):
+    if len(scored) < len(request.asked) and plan.get("rent_to_evaluate"):
+        scored = await evaluate_in_pod(bench, run_id, plan, request)
+    elif len(scored) < len(request.asked):
         await _base_here(bench, recipe)
-        scored = await ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
+        scored = await ask_on_engine(bench, run_id, request, pick_card(_evaluating_card(plan)), base)
     return {"scores": {name: each.as_dict() for name, each in scored.items()}}
 
 
@@ -297,6 +303,14 @@ def _queue(plan: State) -> str:
 
 def _training_queue(plan: State) -> str:
     return CLOUD if plan.get("rent") else _queue(plan)
+
+
+def _evaluating_card(plan: State) -> str:
+    return str(plan.get("evaluate_on") or plan["card"])
+
+
+def _evaluation_queue(plan: State) -> str:
+    return CLOUD if plan.get("rent_to_evaluate") else card_queue(_evaluating_card(plan), plan.get("host", ""))
 
 
 def _of_each(scores: State, field: str) -> State:

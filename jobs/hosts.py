@@ -16,7 +16,7 @@ from jobs import runtime
 from registry import runs
 from registry.cloud_terms import CardSetting
 from registry.events import append, new_event
-from registry.hosts import AS_THEY_ARE, Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
+from registry.hosts import AS_THEY_ARE, Host, Pulse, beat, host_id, hosts, leave, looked_after_by, pauses, served_cards
 from registry.store import Store
 
 
@@ -75,8 +75,7 @@ class Post:
         workflow = DBOS.get_workflow_status(run.id)
         if run.wish or workflow is None or workflow.status in runtime.TERMINAL:
             return False
-        minded = "rented_by" if run.result.get("rent") else "host"
-        if run.result.get(minded) == lost and "/" not in str(run.body.get("card", "")):
+        if looked_after_by(run.result) == lost and "/" not in str(run.body.get("card", "")):
             runs.set_wish(self.store, run.id, "replan")
             return True
         if workflow.executor_id == lost:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry.cards import Card, as_set, list_cards, pick_card
 from registry.errors import WrongInput
@@ -113,6 +113,13 @@ def hosts(store: Store) -> list[Host]:
         body = json.loads(row.pop("body"))
         found.append(Host(**row, cards=tuple(Card(**each) for each in body["cards"]), pid=body["pid"]))
     return found
+
+
+def looked_after_by(result: Mapping[str, Any]) -> str | None:
+    """The host that looks after what is at work for a run, by the run's `result`: the card's, or the one that rents."""
+    rents = result.get("rent") or "rented_by" in result
+    found = result.get("rented_by" if rents else "host")
+    return str(found) if found else None
 
 
 def pauses(store: Store) -> dict[str, Pause]:
