@@ -33,7 +33,7 @@ from serving.engine import Engine
 from serving.vllm_process import EngineConfig, engine_rank, start_vllm
 
 ENGINE_DEATHS = 3
-LOOK_SECONDS, SAVE_SECONDS = 0.25, 10.0
+LOOK_SECONDS, SAVE_SECONDS = 0.25, 5.0
 
 
 class Stopped(Exception):
