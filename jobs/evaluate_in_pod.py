@@ -30,13 +30,13 @@ AGAIN = ("crash", "engine")
 async def evaluate_in_pod(bench: Bench, run_id: str, plan: State, request: EvalRequest) -> dict[str, Scored]:
     """Scores by role. Raises JobError, BudgetError, and what renting raises."""
     await asyncio.to_thread(runs.note_result, bench.store, run_id, rented_by=host_id())
-    while len(found := await asyncio.to_thread(_scores, bench, run_id, request)) < len(request.asked):
-        job = await asyncio.to_thread(_job, bench, run_id, plan, request, found)
+    while len(found := await asyncio.to_thread(found_scores, bench, run_id, request)) < len(request.asked):
+        job = await asyncio.to_thread(next_job, bench, run_id, plan, request, found)
         await _do(bench, run_id, plan, job)
     return {subject.role: found[subject.role] for subject in request.asked}
 
 
-def _scores(bench: Bench, run_id: str, request: EvalRequest) -> dict[str, Scored]:
+def found_scores(bench: Bench, run_id: str, request: EvalRequest) -> dict[str, Scored]:
     """By role: what is kept, and what this run's evaluations have found, which is kept now."""
     there: dict[str, Any] = {}
     for job in JobFolder(bench.project.job_folder(run_id)).evaluations():
@@ -53,7 +53,7 @@ def _scores(bench: Bench, run_id: str, request: EvalRequest) -> dict[str, Scored
     return found
 
 
-def _job(bench: Bench, run_id: str, plan: State, request: EvalRequest, found: dict[str, Scored]) -> JobFolder:
+def next_job(bench: Bench, run_id: str, plan: State, request: EvalRequest, found: dict[str, Scored]) -> JobFolder:
     """The evaluation that was begun, or the next."""
     begun = [job for job in JobFolder(bench.project.job_folder(run_id)).evaluations() if not scores_in(job)]
     if begun:
