@@ -6,10 +6,13 @@ the trainer needs no torch.
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ import yaml
 
 from jobs.pod_reaper import Reaper
 from jobs.worker_process import worker_is_on
+from registry import runs
 from registry.bucket import open_bucket
 from registry.cloud_terms import Budgets
 from registry.job_folder import JobFolder
+from registry.recipe import digest, load_recipe
 from registry.rentals import current, rentals, rented_pods
 from registry.runpod_api import open_runpod
 from registry.settings import load_settings
@@ -29,6 +34,7 @@ from tests.conftest import ROOT, TinyBase
 from tests.fakes.adapter_folder import lora_arrays, make_adapter
 from tests.fakes.answering_engine import KEY, AnsweringEngine
 from tests.fakes.runpod.started import Standin, standin
+from tests.flows.points import IN_POD
 from tests.flows.tiny_project import Tiny, make_tiny
 from tests.judged_project import LABELS, TEST_ROWS, question_of
 from tests.weed_server import WeedServer
@@ -158,6 +164,44 @@ def test_a_worker_that_is_killed_finds_its_evaluation_and_rents_no_other(field: 
     assert len(rentals(tiny.store, job=run_id)) == 2
     assert field.asked() == 2 * TEST_ROWS
     field.check_money(run_id)
+
+
+def test_a_worker_that_is_killed_at_every_step_of_it_rents_one_pod_and_asks_every_question_once(
+    field: Field, tmp_path: Path
+) -> None:
+    tiny, order = field.tiny, tmp_path / "order.json"
+    field.write()
+    field.speed.seconds = 0.2
+    loaded = load_recipe(tiny.person.project.root / "recipes" / "m.yaml")
+    run_id = runs.submit(tiny.store, loaded.model_dump(mode="json"), "recipes/m.yaml", digest(loaded)).id
+    for point in IN_POD:
+        order.write_text(json.dumps(point.as_dict()), encoding="utf-8")
+        with worker(tiny, order) as process:
+            assert process.wait(180) == -signal.SIGKILL, f"{point.name}: {tiny.told(run_id)}"
+        assert order.with_suffix(".done").exists(), point.name
+        order.with_suffix(".done").unlink()
+    with worker(tiny, order):
+        run = tiny.end(run_id)
+    assert run.state == "succeeded", tiny.told(run_id)
+    assert len(field.cloud.truth()["pods"]) == 2
+    assert field.asked() == 2 * TEST_ROWS
+    field.check_money(run_id)
+
+
+@contextmanager
+def worker(tiny: Tiny, order: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker that dies where `order` says."""
+    project = tiny.person.project
+    env = {**tiny.person.environment(), "FT_PROJECT": str(project.root), "FT_WORKER_IDLE_SECONDS": "600"}
+    command = [sys.executable, "-m", "tests.flows.die_at", str(order), "worker", "jobs.worker"]
+    project.logs.mkdir(parents=True, exist_ok=True)
+    with (project.logs / "worker.log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=project.root, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
 
 
 def test_a_run_that_is_cancelled_while_it_is_evaluated_ends_its_pod_and_goes_on_when_resumed(field: Field) -> None:
