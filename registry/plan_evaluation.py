@@ -25,6 +25,8 @@ INSTALL, START = Interval(60, 180, 600), Interval(30, 90, 300)
 LOADING = Interval(0.3e9, 0.8e9, 2.5e9)
 # Of what the card could: reading the weights for each token, and the arithmetic of prompts.
 READING, PROMPTS = Interval(0.25, 0.5, 0.8), Interval(0.15, 0.35, 0.6)
+# Of the card's memory: vLLM's own --gpu-memory-utilization.
+TAKEN = 0.9
 # Of max_new_tokens: how long answers are.
 ANSWERS = Interval(0.1, 0.4, 1.0)
 
@@ -42,6 +44,13 @@ class Evaluated:
     def may_fit(self) -> bool:
         """Of an own card the expected memory decides: a wrong no would cost money."""
         return self.served.fits or self.served.memory.total <= self.served.available
+
+    @property
+    def fits(self) -> bool:
+        """Of a rented one all that vLLM is started with must be there (serving/vllm_process.py): the whole context and
+        CUDA graphs, within the part of the card that it takes by itself."""
+        whole = not self.served.serving.eager and not any("context" in each for each in self.served.given_up)
+        return self.served.fits and whole and self.served.memory.high <= TAKEN * self.candidate.place.whole
 
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.candidate.name, "gpu": self.candidate.gpu, "cloud": self.candidate.cloud,
@@ -73,7 +82,7 @@ def plan_evaluation(
         # The run's host looks after it: cards of others are not taken.
         own = [each for each in own if each.candidate.host == chosen.candidate.host]
     rented = [each for each in found if each.candidate.kind == "runpod" and not each.candidate.why_not]
-    fitting = sorted((each for each in rented if each.served.fits), key=_price)
+    fitting = sorted((each for each in rented if each.fits), key=_price)
     if own or (not fitting and chosen.candidate.kind == "card"):
         return EvaluationPlan(cards=tuple(each.candidate.name for each in own))
     if not fitting:
@@ -126,4 +135,5 @@ def _nowhere(recipe: Recipe, rented: Sequence[Evaluated]) -> DoesNotFit:
 
 
 def _lacking(one: Evaluated) -> str:
-    return f"{one.served.memory.high / GIB:.1f} GiB needed, {one.served.available / GIB:.1f} there"
+    there = min(one.served.available, TAKEN * one.candidate.place.whole)
+    return f"{one.served.memory.high / GIB:.1f} GiB needed at least, {there / GIB:.1f} there for vLLM"

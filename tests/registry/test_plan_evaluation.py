@@ -10,11 +10,13 @@ from registry.candidates import choose, judge, wish_of
 from registry.card_profiles import GIB
 from registry.cards import Card
 from registry.errors import DoesNotFit
+from registry.gpu_prices import GpuPrice, seed_prices
 from registry.hosts import HostCard
 from registry.plan_evaluation import EvaluationPlan, plan_evaluation
 from registry.recipe import Recipe
 from tests.registry.test_candidates import BIG, CPU, HUGE, MIDDLE, OLD, ROWS, SMALL, SUPER, around, recipe
 
+GPUS = ["NVIDIA A100 80GB PCIe", "NVIDIA H200", "NVIDIA B200"]
 CLOUD = {"max_usd_per_hour": 2.0}
 TINY_CPU = HostCard("desk", Card("cpu", "CPU, 2 cores", 4 * GIB))
 SECOND = HostCard("desk", Card("cuda-1", "NVIDIA GeForce RTX 5090", 32 * GIB, 1, capability="12.0"))
@@ -35,7 +37,7 @@ def test_where_an_own_card_can_serve_the_base_nothing_is_rented() -> None:
 def test_a_base_that_is_trained_here_in_4_bits_and_served_in_16_nowhere_here_is_evaluated_in_a_pod() -> None:
     found = planned(recipe(MIDDLE, cloud=CLOUD), SUPER)
     assert found.cards == ()
-    assert found.rented[0].served.fits
+    assert all(each.fits for each in found.rented)
     assert found.as_dict()["on"] == "runpod"
     prices = [each.usd.mid for each in found.rented if each.usd]
     assert prices == sorted(prices)
@@ -70,6 +72,17 @@ def test_what_could_be_trained_and_served_nowhere_is_refused_before_money_is_spe
         planned(recipe(HUGE, card="runpod", cloud={"gpus": ["NVIDIA A100 80GB PCIe"], **CLOUD}), OLD)
     assert "cloud.gpus" in refused.value.fix
     assert "GiB needed" in refused.value.what
+
+
+def test_a_card_must_hold_all_that_vllm_is_started_with() -> None:
+    """An H200 has room for the weights of a 70B, but not within the part that vLLM takes."""
+    wanted = recipe(HUGE, card="runpod", cloud={"max_usd_per_hour": 9.0, "gpus": GPUS})
+    dear = GpuPrice("NVIDIA B200", "B200", 180, "secure", 6.0)
+    there = around(OLD, prices=replace(seed_prices(), of=(*seed_prices().of, dear)))
+    wish = wish_of(wanted, ROWS, None)
+    judged = judge(wanted, wish, there)
+    found = plan_evaluation(wanted, wish, ROWS, judged, choose(wanted, judged))
+    assert [each.candidate.gpu for each in found.rented] == ["NVIDIA B200"]
 
 
 def test_longer_answers_and_more_rows_take_longer() -> None:
