@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from jobs.evaluation.evaluate import EvalRequest, kept_scores, picked_rows, subject_key
-from jobs.evaluation_job import keys_asked, scores_in, write_evaluation
+from jobs.evaluation_job import is_whole, keys_asked, scores_in, write_evaluation
 from jobs.steps import Bench, State
 from jobs.target_of import evaluation_target
 from jobs.targets.target import Poll, Target
@@ -55,12 +55,14 @@ def found_scores(bench: Bench, run_id: str, request: EvalRequest) -> dict[str, S
 
 def next_job(bench: Bench, run_id: str, plan: State, request: EvalRequest, found: dict[str, Scored]) -> JobFolder:
     """The evaluation that was begun, or the next."""
-    begun = [job for job in JobFolder(bench.project.job_folder(run_id)).evaluations() if not scores_in(job)]
+    begun = [
+        job for job in JobFolder(bench.project.job_folder(run_id)).evaluations() if not scores_in(job) and is_whole(job)
+    ]
     if begun:
         return begun[-1]
     asked = [subject for subject in request.asked if subject.role not in found]
     recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
-    return write_evaluation(bench.project, run_id, recipe, base, request, asked, bench.settings.vllm)
+    return write_evaluation(bench.project, bench.settings, run_id, recipe, base, request, asked)
 
 
 async def _do(bench: Bench, run_id: str, plan: State, job: JobFolder) -> None:

@@ -20,14 +20,17 @@ from registry.base_models import BaseModel
 from registry.job_folder import EVALUATION, JobFolder, evaluation_number
 from registry.project import Project
 from registry.recipe import Finetune
+from registry.settings import Settings
 
 KIND = "evaluate"
+# Settings that the evaluator's vLLM has of ours.
+ENGINE = ("vllm", "engine_start_seconds")
 Scores = dict[str, dict[str, Any]]
 
 
 def write_evaluation(
-    project: Project, run_id: str, recipe: Finetune, base: BaseModel, request: EvalRequest, asked: Iterable[Subject],
-    vllm: str,
+    project: Project, settings: Settings, run_id: str, recipe: Finetune, base: BaseModel, request: EvalRequest,
+    asked: Iterable[Subject],
 ) -> JobFolder:  # fmt: skip
     """The next evaluation of the run, of those of the request's subjects that are to be `asked`."""
     folder = project.job_folder(run_id)
@@ -45,7 +48,8 @@ def write_evaluation(
         subjects.append({**asdict(sent), "key": subject_key(request, each, rows)})
     job.write_spec({
         "job": f"{run_id}/{job.name}", "kind": KIND, "recipe": recipe.model_dump(mode="json"), "base": base.as_dict(),
-        "dataset": request.dataset, "asked": subjects, "vllm": vllm,
+        "dataset": request.dataset, "asked": subjects,
+        "engine": {name: getattr(settings, name) for name in ENGINE},
     })  # fmt: skip
     return job
 
@@ -62,6 +66,11 @@ def scores_in(job: JobFolder) -> Scores:
     """`scored` and `answers` by key, of an evaluation that is done; nothing of another."""
     result = job.result() or {}
     return dict(result["scores"]) if result.get("status") == "ok" else {}
+
+
+def is_whole(job: JobFolder) -> bool:
+    """Are the adapters that are asked still there? An old champion's may have been pruned."""
+    return all(each.exists() for each in (job.path / "adapters").iterdir())
 
 
 def keys_asked(job: JobFolder) -> set[str]:

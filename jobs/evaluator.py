@@ -114,7 +114,7 @@ async def _engine(job: JobFolder, request: EvalRequest) -> AsyncIterator[Engine]
     if lock is None:
         raise EngineError(f"card {card.name} is in use", place=str(job.path), fix="end what uses it")
     try:
-        settings = Settings(vllm=spec["vllm"])
+        settings = Settings(**spec["engine"])
         vllm = await start_vllm(project, settings, EngineConfig(BaseModel(**spec["base"]), serve, card, rank), lock)
         try:
             yield vllm.engine

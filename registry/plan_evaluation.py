@@ -5,6 +5,7 @@ Pure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,16 +28,20 @@ LOADING = Interval(0.3e9, 0.8e9, 2.5e9)
 READING, PROMPTS = Interval(0.25, 0.5, 0.8), Interval(0.15, 0.35, 0.6)
 # Of the card's memory: vLLM's own --gpu-memory-utilization.
 TAKEN = 0.9
+# Its environment on the pod's disk, with torch and CUDA's libraries.
+VLLM_BYTES = 15e9
 # Of max_new_tokens: how long answers are.
 ANSWERS = Interval(0.1, 0.4, 1.0)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation would be on one place. `usd` is None where nothing is paid."""
+    """What an evaluation would be on one place. `context`: tokens that vLLM is started with; `usd` is None where it is
+    free."""
 
     candidate: Candidate
     served: Served
+    context: int
     seconds: Interval
     usd: Interval | None
 
@@ -49,7 +54,7 @@ class Evaluated:
     def fits(self) -> bool:
         """Of a rented one all that vLLM is started with must be there (serving/vllm_process.py): the whole context and
         CUDA graphs, within the part of the card that it takes by itself."""
-        whole = not self.served.serving.eager and not any("context" in each for each in self.served.given_up)
+        whole = not self.served.serving.eager and self.served.serving.max_context >= self.context
         return self.served.fits and whole and self.served.memory.high <= TAKEN * self.candidate.place.whole
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def plan_evaluation(
         return EvaluationPlan(cards=tuple(each.candidate.name for each in own))
     if not fitting:
         raise _nowhere(recipe, rented)
+    _refuse_small_disk(recipe, wish)
     return EvaluationPlan(rented=tuple(fitting))
 
 
@@ -95,7 +101,8 @@ def evaluated(recipe: Recipe, wish: Wish, rows: Lengths, candidate: Candidate) -
     seconds, place = _seconds(recipe, wish, rows, candidate), candidate.place
     price = place.usd_per_hour
     usd = seconds.times((price + place.storage_usd_per_hour) / 3600) if price is not None else None
-    return Evaluated(candidate, served_on(recipe, wish, candidate), seconds, usd)
+    context = min(recipe.serve.max_context, wish.geometry.max_positions)
+    return Evaluated(candidate, served_on(recipe, wish, candidate), context, seconds, usd)
 
 
 def _can(recipe: Recipe, one: Evaluated) -> bool:
@@ -132,6 +139,14 @@ def _nowhere(recipe: Recipe, rented: Sequence[Evaluated]) -> DoesNotFit:
         place="cloud", fix="name a card with more memory in `cloud.gpus`, raise `cloud.max_usd_per_hour`, or lower "
         "`serve.max_context`; `ft plan --all` shows all cards",
     )  # fmt: skip
+
+
+def _refuse_small_disk(recipe: Recipe, wish: Wish) -> None:
+    needed = (2 * wish.geometry.parameters + VLLM_BYTES) / 1e9
+    if recipe.cloud and not recipe.cloud.network_volume and needed > recipe.cloud.disk_gb:
+        what = f"the base and vLLM need {needed:.0f} GB of disk in the evaluation's pod"
+        raise DoesNotFit(what, place="cloud.disk_gb",
+                         fix=f"write {math.ceil(needed / 10) * 10} there, or name a `network_volume`")  # fmt: skip
 
 
 def _lacking(one: Evaluated) -> str:

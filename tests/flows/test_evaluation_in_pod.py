@@ -204,12 +204,17 @@ def worker(tiny: Tiny, order: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(30)
 
 
-def test_a_run_that_is_cancelled_while_it_is_evaluated_ends_its_pod_and_goes_on_when_resumed(field: Field) -> None:
+@pytest.mark.parametrize("worker_dies", [False, True])
+def test_a_run_that_is_cancelled_while_it_is_evaluated_ends_its_pod_and_goes_on_when_resumed(
+    field: Field, worker_dies: bool
+) -> None:
     tiny = field.tiny
     field.write()
     field.speed.seconds = 0.3
     run_id = tiny.submit("--yes")
     field.until_saved(run_id)
+    if worker_dies:
+        tiny.kill_worker()
     tiny.person.ft("cancel", run_id)
     tiny.until(lambda: tiny.run(run_id).state == "cancelled", run_id)
     assert not field.cloud.alive()

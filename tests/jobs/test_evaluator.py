@@ -62,9 +62,7 @@ class Place:
 
     def job(self, request: EvalRequest | None = None) -> JobFolder:
         asked = request or self.request()
-        return write_evaluation(
-            self.here.project, RUN, self.here.recipe(), self.base, asked, asked.asked, Settings().vllm
-        )
+        return write_evaluation(self.here.project, Settings(), RUN, self.here.recipe(), self.base, asked, asked.asked)
 
     def bench(self) -> Bench:
         body = self.here.recipe().model_dump(mode="json")
@@ -227,7 +225,7 @@ def test_rows_without_an_answer_are_told_and_the_score_is_not_kept_for_others(pl
     place.said = [Fault(status=500)] * 3
     recipe = place.here.recipe(concurrency=1)
     request = replace(place.request(), task=recipe.evaluate)
-    job = write_evaluation(place.here.project, RUN, recipe, place.base, request, request.asked, Settings().vllm)
+    job = write_evaluation(place.here.project, Settings(), RUN, recipe, place.base, request, request.asked)
     assert place.do(job) == OK, job.log.read_text()
     found = found_scores(place.bench(), RUN, request)
     assert [len(each.failed) for each in found.values()] == [1, 0, 0]
@@ -248,6 +246,15 @@ def test_a_champion_that_came_meanwhile_is_asked_alone(place: Place) -> None:
     assert place.do(second) == OK, second.log.read_text()
     assert len(place.engine.asked) - asked == TEST_ROWS
     assert found_scores(bench, RUN, changed)["champion"].metrics["exact_match"] == 0.75
+
+
+def test_one_whose_adapter_was_pruned_is_not_gone_on_with(place: Place) -> None:
+    request, bench, plan = place.request(), place.bench(), {"base": asdict(place.base)}
+    assert next_job(bench, RUN, plan, request, {}).name == "evaluate-1"
+    changed = place.request(champion=3)
+    assert next_job(bench, RUN, plan, changed, {}).name == "evaluate-1"
+    shutil.rmtree(place.here.project.adapter_folder("m", 1))
+    assert next_job(bench, RUN, plan, changed, {}).name == "evaluate-2"
 
 
 def test_an_evaluation_that_was_half_written_is_written_anew(place: Place) -> None:

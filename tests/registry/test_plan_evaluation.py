@@ -76,13 +76,25 @@ def test_what_could_be_trained_and_served_nowhere_is_refused_before_money_is_spe
 
 def test_a_card_must_hold_all_that_vllm_is_started_with() -> None:
     """An H200 has room for the weights of a 70B, but not within the part that vLLM takes."""
-    wanted = recipe(HUGE, card="runpod", cloud={"max_usd_per_hour": 9.0, "gpus": GPUS})
+    wanted = recipe(HUGE, card="runpod", cloud={"max_usd_per_hour": 9.0, "gpus": GPUS, "disk_gb": 200})
     dear = GpuPrice("NVIDIA B200", "B200", 180, "secure", 6.0)
     there = around(OLD, prices=replace(seed_prices(), of=(*seed_prices().of, dear)))
     wish = wish_of(wanted, ROWS, None)
     judged = judge(wanted, wish, there)
     found = plan_evaluation(wanted, wish, ROWS, judged, choose(wanted, judged))
     assert [each.candidate.gpu for each in found.rented] == ["NVIDIA B200"]
+
+
+def test_a_context_that_the_model_has_not_is_not_asked_of_a_card() -> None:
+    wanted = recipe(MIDDLE, cloud=CLOUD)
+    longer = wanted.model_copy(update={"serve": wanted.serve.model_copy(update={"max_context": 1 << 20})})
+    assert max(each.context for each in planned(longer, SUPER).rented) <= 1 << 17
+
+
+def test_a_disk_that_does_not_hold_base_and_vllm_is_refused() -> None:
+    with pytest.raises(DoesNotFit, match="need 30 GB of disk") as refused:
+        planned(recipe(MIDDLE, cloud={**CLOUD, "disk_gb": 20}), SUPER)
+    assert "write 40 there" in refused.value.fix
 
 
 def test_longer_answers_and_more_rows_take_longer() -> None:
