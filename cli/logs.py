@@ -1,4 +1,4 @@
-"""`ft logs`: what a run's trainer prints."""
+"""`ft logs`: what a run's trainer prints, and then who evaluates in a pod."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def logs(
         for line in job.progress():
             say(json.dumps(line))
         return
-    if job.log.exists():
-        say(job.log.read_text(encoding="utf-8", errors="replace").rstrip())
+    for each in (job, *job.evaluations()):
+        if each.log.exists():
+            say(each.log.read_text(encoding="utf-8", errors="replace").rstrip())
     if follow and run.active:
         exit_as(watch(project, store, run.id), as_json=False)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from registry.candidates import Around, Judged
     from registry.errors import FtError
     from registry.plan import Wish
+    from registry.plan_evaluation import Evaluated, EvaluationPlan
     from registry.recipe import Recipe
 
 SHOWN_KNOBS = 3
@@ -36,6 +37,7 @@ def plan(
     from registry.base_models import refuse_use
     from registry.candidates import choose, judge, look_around, wish_of
     from registry.errors import WrongInput
+    from registry.plan_evaluation import plan_evaluation
     from registry.project import find_project
     from registry.recipe import load_recipe
     from registry.settings import load_settings
@@ -49,9 +51,11 @@ def plan(
     around = look_around(open_store(project), settings, prices=everything or loaded.cloud is not None)
     judged = judge(loaded, wish, around)
     chosen: Judged | None = None
+    evaluation: EvaluationPlan | None = None
     error: FtError | None = None
     try:
         chosen = choose(loaded, judged)
+        evaluation = plan_evaluation(loaded, wish, looked.histogram, judged, chosen)
     except WrongInput as none:
         error = none
     shown = [each for each in judged if _concerns(loaded, each)]
@@ -59,9 +63,12 @@ def plan(
         shown = _with_others(shown, judged)
     if as_json:
         found = _as_dict(loaded, looked, wish, around, shown, chosen)
-        print_json({**found, "refusal": error.as_dict() if error else None})
-        raise typer.Exit(0 if chosen else 2)
+        evaluate = evaluation.as_dict() if evaluation else None
+        print_json({**found, "evaluate": evaluate, "refusal": error.as_dict() if error else None})
+        raise typer.Exit(2 if error else 0)
     _print(loaded, looked, wish, around, shown, chosen)
+    if evaluation and evaluation.rented:
+        say(_evaluation_line(evaluation.rented[0]))
     if error:
         raise error
 
@@ -194,6 +201,13 @@ def _serving_lines(recipe: Recipe, wish: Wish, shown: Sequence[Judged]) -> Itera
             yield f"serving on {here.name}: {', '.join(['yes, ' + size, *found.given_up])}"
         else:
             yield f"serving on {here.name}: no; {found.limit}"
+
+
+def _evaluation_line(best: Evaluated) -> str:
+    assert best.usd is not None
+    took = time_span(best.seconds.low, best.seconds.high)
+    return (f"no own card can serve the base, so the evaluation is in a pod as well: {best.candidate.name}, {took}, "
+            f"${best.usd.low:.2f}-{best.usd.high:.2f} more")  # fmt: skip
 
 
 def time_span(low: float, high: float) -> str:

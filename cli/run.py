@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from jobs.place import Placed
     from registry.project import Project
     from registry.recipe import Recipe
     from registry.store import Store
@@ -84,19 +86,33 @@ def _show_what_it_costs(project: Project, store: Store, recipe: Recipe, *, yes: 
     if recipe.card == "runpod":
         check_cloud(project, settings, recipe)
     placed = place(project, store, settings, recipe)
-    if placed.rent is None or placed.judged is None:
+    if placed.rent is None and placed.rent_to_evaluate is None:
         return
     if recipe.card != "runpod":
         check_cloud(project, settings, recipe)
-    verdict, here = placed.judged.verdict, placed.judged.candidate
-    assert verdict.usd is not None
     if not quiet:
-        hours = f"{verdict.seconds.low / 3600:.1f} to {verdict.seconds.high / 3600:.1f} h"
-        say(f"rents {here.name} at ${here.place.usd_per_hour:.2f} an hour: {hours}, ${verdict.usd.low:.2f} to "
-            f"${verdict.usd.high:.2f}; `ft plan` shows all")  # fmt: skip
+        for line in _what_is_rented(placed):
+            say(line)
     if yes:
         return
     if quiet or not sys.stdin.isatty():
         raise WrongInput("this would spend money, and nobody is there to be asked", place=recipe.name,
                          fix="look at `ft plan`, then `ft run --yes`")  # fmt: skip
     typer.confirm("rent it?", abort=True)
+
+
+def _what_is_rented(placed: Placed) -> Iterator[str]:
+    if placed.rent and placed.judged:
+        here, seconds, usd = placed.judged.candidate, placed.judged.verdict.seconds, placed.judged.verdict.usd
+        assert usd is not None
+        yield _rents(here.name, here.place.usd_per_hour or 0.0, seconds.as_dict(), usd.as_dict())
+    if placed.rent_to_evaluate:
+        best = placed.rent_to_evaluate["expected"]
+        line = _rents(best["name"], best["usd_per_hour"], best["seconds"], best["usd"])
+        yield f"no own card can serve the base; to evaluate it {line}"
+
+
+def _rents(name: str, usd_per_hour: float, seconds: dict[str, float], usd: dict[str, float]) -> str:
+    hours = f"{seconds['low'] / 3600:.1f} to {seconds['high'] / 3600:.1f} h"
+    return (f"rents {name} at ${usd_per_hour:.2f} an hour: {hours}, ${usd['low']:.2f} to ${usd['high']:.2f}; "
+            "`ft plan` shows all")  # fmt: skip

@@ -51,6 +51,8 @@ def show(
         say(f"dataset {dataset['path']} at {dataset['hash']}, rows: {dataset['rows']}")
     if base := run.result.get("base"):
         say(f"base {base['source']} at {base['revision'][:12]}, licence {base['licence']}")
+    if rented := run.result.get("rent_to_evaluate"):
+        say(f"no own card can serve the base: evaluated in a pod, {rented['expected']['name']} or another")
     if run.ended:
         print_outcome(store, run)
     if run.error:

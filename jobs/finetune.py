@@ -16,6 +16,7 @@ from dbos import DBOS, SetWorkflowID
 
 from jobs.approval import wait_for_approval
 from jobs.escalation import escalate
+from jobs.evaluate_in_pod import evaluate_in_pod
 from jobs.evaluation.ask_on_engine import ask_on_engine
 from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
@@ -87,8 +88,8 @@ async def _judge_and_promote(run_id: str, plan: State, version: State) -> tuple[
     What passed against a champion that was replaced meanwhile is judged again, and asked for again.
     """
     while True:
-        asked = await share(run_id, version) if plan.get("through") else version
-        scores = await _child(_queue(plan), evaluate_on_card, run_id, plan, asked)
+        asked = await share(run_id, version) if _on_lent_card(plan) else version
+        scores = await _child(_evaluation_queue(plan), evaluate_on_card, run_id, plan, asked)
         verdict = await judge(run_id, version, scores)
         if verdict["outcome"] == "pass" and plan["promote"] == "approve":
             verdict = await wait_for_approval(run_id, verdict)
@@ -130,13 +131,16 @@ async def make_plan(bench: Bench, run_id: str, dataset: State) -> State:
         await bench.outside("set-up", asyncio.to_thread(send_job, bench, run_id, recipe, base.as_dict()))
     shown = {name: dataset[name] for name in ("path", "hash", "rows")}
     runs.note_result(bench.store, run_id, dataset=shown, base=base.as_dict(), card=placed.card.card.name,
-                     host=placed.card.host, rent=placed.rent, plan=placed.expected, **way)  # fmt: skip
+                     host=placed.card.host, rent=placed.rent, plan=placed.expected, evaluate_on=placed.evaluated_on,
+                     rent_to_evaluate=placed.rent_to_evaluate, **way)  # fmt: skip
     return {
         "dataset": dataset,
         "base": base.as_dict(),
         "card": placed.card.card.name,
         "host": placed.card.host,
         "rent": placed.rent,
+        "evaluate_on": placed.evaluated_on,
+        "rent_to_evaluate": placed.rent_to_evaluate,
         **way,
         "planned": placed.judged is not None,
         "promote": recipe.promote,
@@ -202,7 +206,7 @@ async def share(bench: Bench, run_id: str, version: State) -> State:
 
 @step("evaluate")
 async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> State:
-    """The candidate, the champion and the bare base answer the test split on the engine that will serve."""
+    """Candidate, champion and base answer the test split on the engine that will serve, or its like in a pod."""
     recipe, base = bench.recipe(run_id), BaseModel(**plan["base"])
     if lends(bench):
         await bench.outside("set-up", asyncio.to_thread(bring_for_evaluation, bench, run_id, version))
@@ -214,10 +218,12 @@ async def ask_all(bench: Bench, run_id: str, plan: State, version: State) -> Sta
         candidate=version["version"], champion=champion,
     )  # fmt: skip
     scored = kept_scores(bench.store, request)
-    if len(scored) < len(request.asked):
+    if len(scored) < len(request.asked) and plan.get("rent_to_evaluate"):
+        scored = await evaluate_in_pod(bench, run_id, plan, request)
+    elif len(scored) < len(request.asked):
         if not lends(bench):
             await _base_here(bench, recipe)
-        scored = await ask_on_engine(bench, run_id, request, pick_card(plan["card"]), base)
+        scored = await ask_on_engine(bench, run_id, request, pick_card(_evaluating_card(plan)), base)
     return {"scores": {name: each.as_dict() for name, each in scored.items()}}
 
 
@@ -320,6 +326,18 @@ async def _child(
 
 def _queue(plan: State) -> str:
     return card_queue(plan["card"], plan.get("host", ""))
+
+
+def _on_lent_card(plan: State) -> bool:
+    return bool(plan.get("through")) and not plan.get("rent_to_evaluate")
+
+
+def _evaluating_card(plan: State) -> str:
+    return str(plan.get("evaluate_on") or plan["card"])
+
+
+def _evaluation_queue(plan: State) -> str | None:
+    return None if plan.get("rent_to_evaluate") else card_queue(_evaluating_card(plan), plan.get("host", ""))
 
 
 def _of_each(scores: State, field: str) -> State:

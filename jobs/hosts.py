@@ -16,7 +16,7 @@ from jobs import runtime
 from registry import runs
 from registry.events import append, new_event
 from registry.folders import folder_id, is_away, leads
-from registry.hosts import Host, Pulse, beat, host_id, hosts, leave, pauses, served_cards
+from registry.hosts import Host, Pulse, beat, host_id, hosts, leave, looked_after_by, pauses, served_cards
 from registry.project import Project
 from registry.settings import Settings
 from registry.store import Store
@@ -92,6 +92,7 @@ class Post:
     @staticmethod
     def _minded_there(run: runs.Run, lost: str, executor: str | None) -> bool:
         """Who rents for a run is in no queue: its child is where the parent is, and would be waited for for ever."""
-        if run.result.get("rent"):
-            return run.result.get("rented_by") == lost or (executor == lost and "training" not in run.result)
-        return run.result.get("host") == lost and "/" not in str(run.body.get("card", ""))
+        if looked_after_by(run.result) == lost and "/" not in str(run.body.get("card", "")):
+            return True
+        rents = run.result.get("rent_to_evaluate" if "training" in run.result else "rent")
+        return executor == lost and bool(rents)

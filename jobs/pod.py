@@ -3,7 +3,8 @@
     FT_JOB, FT_ATTEMPT                       the job, and the number that its permit must name
     FT_BUCKET, FT_S3_*                       where it lies, with the pods' own key
     FT_RUNPOD_URL, RUNPOD_POD_ID, RUNPOD_API_KEY   how the pod ends itself
-    FT_TRAINER                               another command for the trainer, which gets the job's folder
+    FT_TRAINER                               another command for the trainer, which gets the job's folder; what
+                                             evaluates is always jobs.evaluator
     FT_POD_START_SECONDS, FT_POD_IDLE_SECONDS, FT_LEASE_SECONDS
 
 Killed and started again it goes on with its own job from the last checkpoint in the bucket; a job that is done, or a
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
+from jobs.evaluation_job import KIND
 from jobs.job_base import base_here
 from jobs.pod_env import IN_BUCKET, job_of_pod
 from jobs.pod_mirror import Mirror
@@ -122,7 +124,7 @@ class PodJob:
 
     def _train(self) -> str:
         self._say("starting the trainer")
-        command = shlex.split(os.environ.get("FT_TRAINER") or f"{shlex.quote(sys.executable)} -m jobs.trainer")
+        command = _program(self.job)
         with self.job.log.open("ab") as log, self.starting:
             if self.stopping.is_set():
                 return "stopped before the trainer"
@@ -227,6 +229,13 @@ def _terminated(calls: Calls, path: str) -> bool:
         except CloudError as error:
             print(f"pod: {error}", flush=True)
     return False
+
+
+def _program(job: JobFolder) -> list[str]:
+    """What does the job: the evaluator, or a trainer."""
+    if job.spec().get("kind") == KIND:
+        return [sys.executable, "-m", "jobs.evaluator"]
+    return shlex.split(os.environ.get("FT_TRAINER", "")) or [sys.executable, "-m", "jobs.trainer"]
 
 
 def _trainer_env() -> dict[str, str]:

@@ -165,9 +165,11 @@ def _utilisation(gpu: Any) -> float:
 
 
 def _processor_seconds(pid: int) -> float:
-    """Of a process and its ended children; 0 if it is gone."""
+    """Of a process and its children, those that have ended too; 0 if it is gone. Who evaluates only waits for vLLM."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started = [each for task in Path(f"/proc/{pid}/task").glob("*/children") for each in task.read_text().split()]
     except OSError:
         return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(_processor_seconds(int(each)) for each in started)

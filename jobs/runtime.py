@@ -17,7 +17,7 @@ from dbos._utils import INTERNAL_QUEUE_NAME
 from registry import runs
 from registry.cards import Card
 from registry.errors import FtError, Trouble
-from registry.hosts import host_id, served_cards
+from registry.hosts import host_id, looked_after_by, served_cards
 from registry.project import Project
 from registry.store import Store
 
@@ -122,7 +122,12 @@ def agree(store: Store, start: Callable[[str], None], let_go: LetGo, others: Con
 def let_go_here(store: Store, let_go: LetGo) -> None:
     """What a host does that does not lead: free its own cards from runs that were cancelled or paused."""
     for run in [each for wish in runs.STOPS for each in _wishes(store, wish)]:
-        if run.active and run.result.get("host") == host_id() and _status(run.id) in TERMINAL and let_go(run.id, ()):
+        if (
+            run.active
+            and looked_after_by(run.result) == host_id()
+            and _status(run.id) in TERMINAL
+            and let_go(run.id, ())
+        ):
             runs.stopped(store, run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from jobs.targets.runpod_pod import Rent, RunPodPod
 from jobs.targets.target import Target
 from registry.base_models import parse_reference
 from registry.bucket import Bucket, open_bucket
+from registry.budgets import run_cap
 from registry.cards import pick_card
 from registry.errors import RecipeError
 from registry.project import Project
 from registry.recipe import Finetune, expand
+from registry.rentals import rentals
 from registry.runpod_api import RunPod, open_runpod
 from registry.settings import Settings
 from registry.store import Store
@@ -41,13 +44,26 @@ def bucket_of(settings: Settings) -> Bucket:
     return _buckets[0][1]
 
 
+def evaluation_target(
+    project: Project, store: Store, settings: Settings, recipe: Finetune, plan: dict[str, Any], run_id: str
+) -> RunPodPod:
+    """The pod of an evaluation, whose folder lies in the run's. It may cost all that the run has left."""
+    found = _rent(project, recipe, {**plan, "rent": plan["rent_to_evaluate"]})
+    # `ft pods extend` may have let the run cost more than its recipe does.
+    caps = [float(each.body["cap_usd"]) for each in rentals(store, job=run_id)]
+    max_usd = max([run_cap(recipe.budget.max_usd, settings.budgets, run_id), *caps])
+    return RunPodPod(store, settings, *_connections(settings), replace(found, run=run_id, max_usd=max_usd))
+
+
 def _rent(project: Project, recipe: Finetune, plan: dict[str, Any]) -> Rent:
     if recipe.cloud is None:
         raise RecipeError("a pod was planned, and the recipe has no `cloud`", place=recipe.name)
+    rent = plan["rent"]
     return Rent(
         recipe=recipe.name, model=recipe.model, terms=recipe.cloud,
-        offers=tuple(Offer(**each) for each in plan["rent"]["offers"]),
-        reserve_usd=plan["rent"]["reserve_usd"], max_usd=recipe.budget.max_usd,
+        offers=tuple(Offer(**each) for each in rent["offers"]),
+        # Less than the recipe's where a part is held back for the evaluation.
+        reserve_usd=rent["reserve_usd"], max_usd=rent.get("max_usd", recipe.budget.max_usd),
         base=base_to_send(project, recipe, plan["base"]), token=expand(recipe.base.token, "base.token") or "",
     )  # fmt: skip
 

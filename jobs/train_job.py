@@ -7,12 +7,14 @@ import sys
 import threading
 from collections.abc import Container
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from jobs.fetch_base import fetch_base
 from jobs.steps import BENCH, Bench, State, at_work
-from jobs.target_of import RUNPOD, target_of
+from jobs.target_of import RUNPOD, evaluation_target, target_of
 from jobs.targets.local_card import LocalCard
+from jobs.targets.target import Target
 from jobs.tell_mlflow import keep_telling, named_tracker
 from jobs.through_bucket import lends
 from jobs.token_histogram import look
@@ -23,7 +25,7 @@ from registry.candidates import wish_of
 from registry.card_profiles import GIB, by_runpod_id
 from registry.cards import marker, pick_card
 from registry.errors import FtError, JobError
-from registry.hosts import all_cards, choose_card, host_id, hosts
+from registry.hosts import all_cards, choose_card, host_id, hosts, looked_after_by
 from registry.job_folder import JobFolder
 from registry.rentals import current, rentals
 from registry.store import Store
@@ -68,10 +70,11 @@ def let_go(run_id: str, others: Container[str] = ()) -> bool:
     """
     bench = BENCH.get()
     planned = bench.run(run_id).result
-    if planned.get("rented_by" if planned.get("rent") else "host", host_id()) in others:
+    if looked_after_by(planned) in others:
         return False
-    gone = _pod_is_gone if planned.get("rent") else _card_is_free
-    return gone(bench, run_id, planned) and run_id not in at_work()
+    pod_gone = not _rents(planned) or _pod_is_gone(bench, run_id, planned)
+    free = bool(planned.get("rent")) or _card_is_free(bench, run_id, planned)
+    return pod_gone and free and run_id not in at_work()
 
 
 def why_stopped(store: Store, run_id: str) -> str:
@@ -98,11 +101,23 @@ def _pod_is_gone(bench: Bench, run_id: str, planned: dict[str, Any]) -> bool:
     if current(bench.store, run_id) is None:
         _ending.pop(run_id, None)
         return True
-    target = target_of(bench.project, bench.store, bench.settings, bench.recipe(run_id), planned)
-    arguments = (bench.project.job_folder(run_id), why_stopped(bench.store, run_id))
+    target, folder = _in_pod(bench, run_id, planned)
+    arguments = (folder, why_stopped(bench.store, run_id))
     _ending[run_id] = threading.Thread(target=target.cancel, args=arguments, name=f"end {run_id}", daemon=True)
     _ending[run_id].start()
     return False
+
+
+def _rents(planned: dict[str, Any]) -> bool:
+    return bool(planned.get("rent") or planned.get("rent_to_evaluate"))
+
+
+def _in_pod(bench: Bench, run_id: str, planned: dict[str, Any]) -> tuple[Target, Path]:
+    """What the run's pod does, and the folder of that: the evaluation, once there is one."""
+    project, recipe = bench.project, bench.recipe(run_id)
+    if jobs := JobFolder(project.job_folder(run_id)).evaluations():
+        return evaluation_target(project, bench.store, bench.settings, recipe, planned, run_id), jobs[-1].path
+    return target_of(project, bench.store, bench.settings, recipe, planned), project.job_folder(run_id)
 
 
 def measure(bench: Bench, run_id: str, plan: State, result: State) -> None:

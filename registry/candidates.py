@@ -17,7 +17,7 @@ from registry.card_profiles import CPU, GIB, CardProfile, by_runpod_id, sized_pr
 from registry.cards import Card, ServeMode
 from registry.errors import BaseModelError, DoesNotFit, WrongInput
 from registry.folders import folder_id
-from registry.geometry import geometry_of, known_geometry
+from registry.geometry import Geometry, geometry_of, known_geometry
 from registry.gpu_prices import CLOUDS, GpuPrice, Prices, gpu_prices, seed_prices
 from registry.histogram import Histogram
 from registry.hosts import HostCard, all_cards, cut_off, hosts, is_named, pauses
@@ -128,11 +128,14 @@ def wish_of(recipe: Recipe, histogram: Histogram, config: Mapping[str, Any] | No
 
 
 def served_on(recipe: Recipe, wish: Wish, candidate: Candidate) -> Served:
-    """Whether the base with its adapters can be served on an own card, while nothing is trained there."""
+    """Whether the base with its adapters can be served there, while nothing is trained."""
+    return plan_serving(serve_wish(recipe, wish.geometry), candidate.place)
+
+
+def serve_wish(recipe: Recipe, geometry: Geometry) -> ServeWish:
     want = recipe.serve
-    asked = ServeWish(wish.geometry, want.max_context, want.concurrency, rank=max(LEAST_RANK, recipe.train.lora.rank),
-                      precisions=SERVED_IN, name=recipe.model)  # fmt: skip
-    return plan_serving(asked, candidate.place)
+    return ServeWish(geometry, want.max_context, want.concurrency, rank=max(LEAST_RANK, recipe.train.lora.rank),
+                     precisions=SERVED_IN, name=recipe.model)  # fmt: skip
 
 
 def judge(recipe: Recipe, wish: Wish, around: Around) -> list[Judged]:

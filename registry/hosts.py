@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry.cards import Card, as_set, list_cards, pick_card
 from registry.errors import WrongInput
@@ -122,6 +122,13 @@ def hosts(store: Store) -> list[Host]:
         cards = tuple(Card(**each) for each in body.pop("cards"))
         found.append(Host(**row, **body, cards=cards))
     return found
+
+
+def looked_after_by(result: Mapping[str, Any]) -> str | None:
+    """The host that looks after what is at work for a run, by the run's `result`: the card's, or the one that rents."""
+    rents = result.get("rent") or "rented_by" in result
+    found = result.get("rented_by" if rents else "host")
+    return str(found) if found else None
 
 
 def pauses(store: Store) -> dict[str, Pause]:

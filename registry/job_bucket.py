@@ -1,14 +1,15 @@
 """One job's folder in a bucket, for who trains beyond this machine: the same files, with the lease as compare-and-set.
 
 jobs/<id>/spec.json, attempts/      as in a job folder
-jobs/<id>/data.json                 names the shared data; written last, so the job is whole when it is there
+jobs/<id>/data.json                 names what is shared; written last, so the job is whole when it is there
 jobs/<id>/lease.json                the claim; naming a result's hash in it is the acceptance
 jobs/<id>/results/<epoch>/          result.json and adapter/, sent before the lease names them
 jobs/<id>/permit.json, stop.json    our side's word to who trains
 jobs/<id>/progress/, log/, checkpoints/   sent as they come, each file written once
 jobs/<id>/ended/<attempt>.json      why a pod ended itself
 jobs/<id>/pods/<attempt>-<pod>      a pod was here
-data/<sha256>/, models/<sha256>/    by content, shared by jobs; complete with MANIFEST.json
+data/, models/, adapters/<sha256>/  by content, shared by jobs; complete with MANIFEST.json
+An evaluation's <id> is <run>/evaluate-<n>.
 """
 
 from __future__ import annotations
@@ -82,13 +83,17 @@ class JobBucket:
 
     def push(self, job: JobFolder, base: Path | None = None) -> None:
         """Our side: what to do, and with which data; `base` is the base model's folder where no pod can fetch it."""
-        data = share_folder(self.bucket, job.data, "data")
+        data = share_folder(self.bucket, job.data.resolve(), "data")
         self._write_once("spec.json", (job.path / "spec.json").read_bytes())
         self.send_attempts(job)
         model = share_folder(self.bucket, base, "models") if base else None
+        asked = [
+            share_folder(self.bucket, each.resolve(), "adapters") for each in sorted((job.path / "adapters").glob("*"))
+        ]
         reason = job.stop_reason()
         self.ask_to_stop(reason) if reason else self.withdraw_stop()
-        self._write_once("data.json", json.dumps({"data": data, "model": model}, sort_keys=True).encode())
+        shared = {"data": data, "model": model, **({"adapters": asked} if asked else {})}
+        self._write_once("data.json", json.dumps(shared, sort_keys=True).encode())
 
     def send_attempts(self, job: JobFolder) -> None:
         """What is different by now. One that was decided on again, after a new plan, replaces the one before."""
@@ -183,16 +188,17 @@ class JobBucket:
         named = self.bucket.get(f"{self.root}/data.json")
         if named is None:
             raise JobError(f"job {self.job_id} is not (or half) in the bucket", place=self.bucket.place,
-                           fix=f"`ft resume {self.job_id}` sends it again")  # fmt: skip
+                           fix=f"`ft resume {self.job_id.partition('/')[0]}` sends it again")  # fmt: skip
         job.path.mkdir(parents=True, exist_ok=True)
         self.bucket.fetch(self.root, job.path, only=["spec.json"])
         self.bucket.fetch(f"{self.root}/attempts", job.path / "attempts")
-        digest = str(json.loads(named.body)["data"])
+        shared = json.loads(named.body)
         if not (job.path / ".data").exists():
-            if not fetch_whole(self.bucket, f"data/{digest}", job.data):
-                raise _damaged(f"data/{digest}", self.bucket)
+            self._fetch_shared(f"data/{shared['data']}", job.data)
             (job.data / MANIFEST).unlink()  # a dataset has no such file
             (job.path / ".data").touch()
+        for digest in shared.get("adapters", ()):
+            self._fetch_shared(f"adapters/{digest}", job.path / "adapters" / digest)
 
     def fetch_model(self, target: Path) -> bool:
         """The base model, if our side has sent it; False otherwise."""
@@ -253,6 +259,11 @@ class JobBucket:
                     f"{self.root}/{name} is there already, with other content", place=self.bucket.place,
                     fix="another project uses this bucket: give it a prefix of its own",
                 ) from None  # fmt: skip
+
+    def _fetch_shared(self, prefix: str, target: Path) -> None:
+        if not fetch_whole(self.bucket, prefix, target):
+            raise JobError(f"{prefix} is not whole in the bucket", place=self.bucket.place,
+                           fix=f"delete {prefix} there, then `ft resume` the run: it is sent again")  # fmt: skip
 
     def _checkpoints(self) -> list[str]:
         """Names of the complete ones, most steps first."""
@@ -333,8 +344,3 @@ def _digest_of(file: Path) -> str:
 def _is_open(lease: Lease, new: Lease) -> bool:
     """Is it the same trainer's own lease, with no result yet? Then its earlier write was done without an answer."""
     return (lease.epoch, lease.owner, lease.result) == (new.epoch, new.owner, None)
-
-
-def _damaged(prefix: str, bucket: Bucket) -> JobError:
-    return JobError(f"{prefix} is not whole in the bucket", place=bucket.place,
-                    fix=f"delete {prefix} there, then `ft resume` the run: it is sent again")  # fmt: skip

@@ -10,6 +10,7 @@
     adapter/                    the result, with MANIFEST.json and fingerprint.json
     result.json                 counts only when its sha256 is in lease.json
     log.txt                     what the trainer printed
+    evaluate-<n>/               a job of its own: an evaluation in a pod
 
 Changing the lease is a compare-and-set on its ETag (the content's sha256), as a bucket's If-Match is.
 """
@@ -29,6 +30,8 @@ from typing import Any, Protocol
 
 from registry.file_locks import alone
 from registry.manifest import broken_files
+
+EVALUATION = "evaluate-"
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,11 @@ class JobFolder:
             if each not in kept:
                 shutil.rmtree(each, ignore_errors=True)
 
+    def evaluations(self) -> list[JobFolder]:
+        """Jobs inside of a run's, which evaluate what it has made, in their order (jobs/evaluation_job.py)."""
+        found = [path for path in self.path.glob(f"{EVALUATION}*") if (path / "spec.json").exists()]
+        return [JobFolder(path) for path in sorted(found, key=evaluation_number)]
+
     def _swap(self, seen: Held | None, new: Lease) -> Held:
         now = self.lease()
         if (now.etag if now else None) != (seen.etag if seen else None):
@@ -219,6 +227,12 @@ class JobFolder:
 
     def _exclusive(self) -> AbstractContextManager[None]:
         return alone(self.path / ".lock")
+
+
+def evaluation_number(path: Path) -> int:
+    """Of `evaluate-3`; 0 for another folder."""
+    number = path.name.removeprefix(EVALUATION)
+    return int(number) if number.isdecimal() else 0
 
 
 def steps_of(checkpoint: Path) -> tuple[int, int]:

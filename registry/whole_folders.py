@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
 from registry.bucket import Bucket
-from registry.manifest import MANIFEST, broken_files, sha256_of
+from registry.manifest import MANIFEST, broken_files, manifest_bytes, sha256_of
 
 
 def share_folder(bucket: Bucket, folder: Path, kind: str) -> str:
     """Send a folder to KIND/ unless the same content is there; its digest, which is its name."""
-    kept = None if (folder / MANIFEST).exists() else _manifest_of(folder)
+    kept = None if (folder / MANIFEST).exists() else manifest_bytes(folder)
     digest = hashlib.sha256(kept).hexdigest() if kept else sha256_of(folder / MANIFEST)
     if bucket.get(f"{kind}/{digest}/{MANIFEST}") is None:
         bucket.send(folder, f"{kind}/{digest}")
@@ -36,9 +35,3 @@ def fetch_whole(bucket: Bucket, prefix: str, target: Path) -> bool:
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     return True
-
-
-def _manifest_of(folder: Path) -> bytes:
-    """As write_manifest's, of a folder that gets no such file."""
-    names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file())
-    return json.dumps({"files": {name: sha256_of(folder / name) for name in names}}, sort_keys=True).encode()

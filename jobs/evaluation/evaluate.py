@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluation.ask_rows import Answer, Patience, Progress, ask_rows
+from jobs.evaluation.ask_rows import Answer, Asked, Patience, Progress, ask_rows
 from jobs.evaluation.metrics import as_label, mark, schema_validator
 from jobs.evaluation.prompts import PROMPT_VERSION, spell_out
 from registry.adapters import Version, aliases, get_version, refuse_pruned
@@ -142,11 +142,11 @@ async def evaluate(
     found = kept_scores(store, request)
     waiting = [subject for subject in request.asked if subject.role not in found]
     for at, subject in enumerate(waiting):
-        count = _counter(progress, at * len(rows), len(waiting) * len(rows))
+        count = counted(progress, at * len(rows), len(waiting) * len(rows))
         async with _loaded(project, store, engine, subject):
-            scored, answers = await _score(engine, request, subject, rows, count, patience or Patience())
+            scored, answers = await score_subject(engine, request, subject, rows, count, patience or Patience())
         if not scored.failed:  # an answer that failed once may come next time
-            keep_score(store, _key(request, subject, rows), scored, [each.as_dict() for each in answers])
+            keep_score(store, subject_key(request, subject, rows), scored, [each.as_dict() for each in answers])
         found[subject.role] = scored
     return {subject.role: found[subject.role] for subject in request.asked}
 
@@ -154,7 +154,7 @@ async def evaluate(
 def kept_scores(store: Store, request: EvalRequest) -> dict[str, Scored]:
     """Scores by role that need no engine: kept ones, and that of a version which this engine cannot have."""
     rows = picked_rows(request)
-    kept = {subject: find_score(store, _key(request, subject, rows)) for subject in request.asked}
+    kept = {subject: find_score(store, subject_key(request, subject, rows)) for subject in request.asked}
     found = {}
     for subject, scored in kept.items():
         if scored is not None:
@@ -194,14 +194,15 @@ def _is_wanted(store: Store, subject: Subject) -> bool:
     return subject.version in (named.get("champion"), named.get("previous"))
 
 
-async def _score(
-    engine: Engine,
+async def score_subject(
+    engine: Asked,
     request: EvalRequest,
     subject: Subject,
     rows: list[Row],
     progress: Progress,
     patience: Patience,
 ) -> tuple[Scored, list[Answer]]:
+    """What one subject, which the engine has, gets on the rows, with its answers in their order."""
     task = request.task
     prompts = [row.prompt for row in rows]
     if not subject.folder:
@@ -230,7 +231,7 @@ async def _score(
     return scored, answers
 
 
-async def _ask_probes(engine: Engine, request: EvalRequest, subject: Subject, patience: Patience) -> dict[str, str]:
+async def _ask_probes(engine: Asked, request: EvalRequest, subject: Subject, patience: Patience) -> dict[str, str]:
     """The recipe's probes, asked of all subjects in the same bare words; an answer that fails is empty."""
     probes = request.task.probes
     answers = await ask_rows(
@@ -253,7 +254,7 @@ def _labels(task: Evaluate, train_file: Path) -> list[str]:
     return sorted({as_label(answer): answer.strip() for answer in answers}.values())
 
 
-def _key(request: EvalRequest, subject: Subject, rows: list[Row]) -> str:
+def subject_key(request: EvalRequest, subject: Subject, rows: list[Row]) -> str:
     """All that the subject's answers and their score rest on; labels come from the task or the dataset."""
     facts = {
         "subject": subject.digest,
@@ -270,5 +271,6 @@ def _digest(rows: list[Row]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _counter(progress: Progress, before: int, total: int) -> Progress:
+def counted(progress: Progress, before: int, total: int) -> Progress:
+    """Of one subject among several."""
     return lambda done, _: progress(before + done, total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,15 +14,20 @@ from jobs.evaluation.ask_rows import Progress
 from jobs.evaluation.evaluate import EvalRequest, Subject, evaluate, kept_scores
 from registry.adapters import Version, aliases
 from registry.base_models import BaseModel
-from registry.cards import pick_card
+from registry.candidates import available, profile_for, serve_wish
+from registry.card_profiles import GIB
+from registry.cards import Card, as_set, pick_card
 from registry.dataset_versions import Pinned, materialise
+from registry.errors import BaseModelError, DoesNotFit
 from registry.gates import Judgement, judge
+from registry.geometry import geometry_of
+from registry.plan import Place, plan_serving
 from registry.project import Project
 from registry.recipe import Finetune
 from registry.scores import Scored
 from registry.settings import Settings
 from registry.store import Store
-from serving.control import engine_for
+from serving.control import engine_for, server_status
 
 
 async def judge_version(
@@ -104,7 +111,30 @@ async def _scores(
     kept = kept_scores(store, request)
     if len(kept) == len(request.asked):
         return {subject.role: kept[subject.role] for subject in request.asked}
-    card = pick_card(recipe.card)
+    card = pick_card("auto" if recipe.card == "runpod" else recipe.card)
+    _refuse_unserved(project, store, settings, recipe, base, card)
     rank = max((subject.rank for subject in request.asked), default=0)
     async with engine_for(project, store, settings, base, recipe.serve, card, rank) as engine:
         return await evaluate(project, store, engine, request, progress)
+
+
+def _refuse_unserved(
+    project: Project, store: Store, settings: Settings, recipe: Finetune, base: BaseModel, card: Card
+) -> None:
+    """Raises DoesNotFit where the card cannot serve the base: vLLM would take minutes to find that out."""
+    config, status = project.models / base.folder / "config.json", server_status(store)
+    if not config.exists() or (status and status.base["digest"] == base.digest):
+        return
+    try:
+        geometry = geometry_of(json.loads(config.read_text(encoding="utf-8")), base.source)
+    except BaseModelError:  # a shape that nobody knows may be served all the same
+        return
+    [card] = as_set([card], settings.cards)
+    place = Place(card.name, profile := profile_for(card), available(card, profile), total=card.memory)
+    found = plan_serving(serve_wish(recipe, geometry), place)
+    if found.memory.low > found.available:
+        raise DoesNotFit(
+            f"it cannot serve {base.source}: {found.limit}", place=f"card {card.name}",
+            fix=f"do it on a host with a card of {math.ceil(found.memory.high / GIB)} GiB or more, or `ft run` the "
+            "recipe with `cloud:`, which evaluates in a pod",
+        )  # fmt: skip

@@ -44,7 +44,8 @@ COMMAND = "python -m jobs.pod"
 class Rent:
     """What a run may rent. US dollars: `reserve_usd` for one pod (None: all that is left), `max_usd` for the run.
 
-    `base` is the base model's folder where a pod could not fetch it; `token` is for a gated one.
+    `base` is the base model's folder where a pod could not fetch it; `token` is for a gated one. `run`: the run in
+    whose folder the job's lies, if the job is not all of it; the ledger and budgets count it there.
     """
 
     recipe: str
@@ -55,6 +56,7 @@ class Rent:
     max_usd: float | None = None
     base: Path | None = None
     token: str = ""
+    run: str = ""
 
 
 class RunPodPod:
@@ -89,7 +91,7 @@ class RunPodPod:
     def poll(self, folder: Path) -> Poll:
         job = JobFolder(folder)
         self._pull(job)
-        rental = current(self.store, job.name)
+        rental = current(self.store, self._run(job))
         if (result := job.result()) and not self._works_on(job, rental):
             if rental:
                 end_rental(self.store, self.cloud, rental.name, f"the job is {result['status']}")
@@ -104,7 +106,7 @@ class RunPodPod:
         return Poll("running", note=self._note)
 
     def waits_for(self, folder: Path) -> str:
-        rental = current(self.store, JobFolder(folder).name)
+        rental = current(self.store, self._run(JobFolder(folder)))
         if rental is None:
             return "no pod yet"
         state = self._seen.status.lower() if self._seen else "rented" if rental.pod else "being rented"
@@ -120,7 +122,7 @@ class RunPodPod:
         with suppress(BucketError):  # away: the pod is ended without a checkpoint
             self._remote(job).ask_to_stop(reason)
             self._wait_for_end(job)
-        for rental in rentals(self.store, open_=True, job=job.name):
+        for rental in rentals(self.store, open_=True, job=self._run(job)):
             end_rental(self.store, self.cloud, rental.name, reason)
         with suppress(BucketError):
             self._pulled = float("-inf")
@@ -135,7 +137,7 @@ class RunPodPod:
 
     def _wish(self, job: JobFolder) -> Wish:
         return Wish(
-            job=job.name, recipe=self.rent.recipe, model=self.rent.model, offers=self.rent.offers,
+            job=self._run(job), recipe=self.rent.recipe, model=self.rent.model, offers=self.rent.offers,
             budgets=self.settings.budgets, max_usd_per_hour=self.rent.terms.max_usd_per_hour,
             max_usd=self.rent.max_usd, reserve_usd=self.rent.reserve_usd, disk_gb=self.rent.terms.disk_gb,
         )  # fmt: skip
@@ -149,7 +151,7 @@ class RunPodPod:
             more["FT_CACHE"] = f"{VOLUME_PATH}/ft-cache"
         return PodOrder(
             name=rental.name, image=pod_image(settings, terms), gpu=rental.gpu, cloud=rental.cloud,
-            env={**pod_env(settings, job.name, rental.attempt), **more}, args=self.command, disk_gb=terms.disk_gb,
+            env={**pod_env(settings, self._id(job), rental.attempt), **more}, args=self.command, disk_gb=terms.disk_gb,
             data_centers=tuple(terms.data_centers), network_volume=terms.network_volume, min_cuda=terms.min_cuda,
         )  # fmt: skip
 
@@ -167,7 +169,7 @@ class RunPodPod:
 
     def _note_pods(self, job: JobFolder) -> None:
         """Pods that signed in the bucket: one that was made twice may be gone before a list shows it, and costs."""
-        by_attempt = {each.attempt: each for each in rentals(self.store, job=job.name)}
+        by_attempt = {each.attempt: each for each in rentals(self.store, job=self._run(job))}
         for attempt, pod in self._remote(job).signed():
             if rental := by_attempt.get(attempt):
                 note_pod(self.store, rental.name, pod, rental.usd_per_hour, time.time())
@@ -178,7 +180,7 @@ class RunPodPod:
         return bool(rental and held and rental.attempt > attempt_of(held.lease) and not _is_done(job))
 
     def _live(self, job: JobFolder) -> bool:
-        rental = current(self.store, job.name)
+        rental = current(self.store, self._run(job))
         return rental is not None and rental.state == "live"
 
     def _why_lost(self, job: JobFolder, rental: Rental) -> str:
@@ -233,7 +235,13 @@ class RunPodPod:
             return rental
 
     def _remote(self, job: JobFolder) -> JobBucket:
-        return JobBucket(self.bucket, job.name)
+        return JobBucket(self.bucket, self._id(job))
+
+    def _id(self, job: JobFolder) -> str:
+        return f"{self.rent.run}/{job.name}" if self.rent.run else job.name
+
+    def _run(self, job: JobFolder) -> str:
+        return self.rent.run or job.name
 
 
 def _write_permit(store: Store, remote: JobBucket, rental: Rental) -> None:

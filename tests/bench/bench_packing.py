@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jobs.claim import OK
 from jobs.fetch_base import fetch_base
-from jobs.trainer import OK, run_job
+from jobs.trainer import run_job
 from registry.project import Project, cache_folder
 from registry.recipe import Base
 from tests.conftest import SMOL

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.flows.points import LENT, POINTS, Point
+from tests.flows.points import IN_POD, LENT, POINTS, Point
 
 
 class Executioner:
@@ -28,7 +28,7 @@ class Executioner:
 
     def __init__(self, order: Path, role: str) -> None:
         self.order = order
-        self.points = [each for each in POINTS + LENT if each.role == role]
+        self.points = [each for each in (*POINTS, *LENT, *IN_POD) if each.role == role]
         self.names = frozenset(each.function.rpartition(".")[2] for each in self.points)
         self.seen: Counter[str] = Counter()
         self.last = ""

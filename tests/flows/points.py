@@ -169,3 +169,13 @@ LENT: list[Point] = [
     *_around("evaluate", "jobs.through_bucket:bring_for_evaluation"),
 ]
 ON_LENT_CARD = ("train", "evaluate")
+# Of a run that is evaluated in a pod, in their order: tests/flows/test_evaluation_in_pod.py kills one worker after the
+# other at them. `make sweep-kill` has no cloud.
+IN_POD: list[Point] = [
+    *_around("evaluate in a pod", "jobs.evaluation_job:write_evaluation"),
+    *_around("evaluate in a pod", "registry.job_bucket:JobBucket.push"),
+    *_around("evaluate in a pod", "registry.ledger:intend"),
+    *_around("evaluate in a pod", "registry.runpod_api:RunPod.create"),
+    Point("evaluate in a pod: while it is asked", "worker", "jobs.targets.runpod_pod:RunPodPod.poll", "call", 8),
+    *_around("evaluate in a pod", "registry.scores:keep_score"),
+]

@@ -7,12 +7,12 @@ from functools import reduce
 
 import pytest
 
-from tests.flows.points import LENT, POINTS, Point
+from tests.flows.points import IN_POD, LENT, POINTS, Point
 
 
-@pytest.mark.parametrize("place", sorted({each.place for each in POINTS + LENT}))
+@pytest.mark.parametrize("place", sorted({each.place for each in (*POINTS, *LENT, *IN_POD)}))
 def test_the_place_of_a_point_is_there(place: str) -> None:
-    point = next(each for each in POINTS + LENT if each.place == place)
+    point = next(each for each in (*POINTS, *LENT, *IN_POD) if each.place == place)
     assert callable(reduce(getattr, _parts(point), importlib.import_module(point.module)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from jobs.evaluation.evaluate import EvalRequest, evaluate, kept_scores
 from jobs.evaluation.judge_version import judge_version, score_versions
 from jobs.evaluation.prompts import spell_out
 from registry import adapters
-from registry.errors import AdmissionError, EngineError, RecipeError
+from registry.errors import AdmissionError, DoesNotFit, EngineError, RecipeError
 from registry.recipe import Evaluate, Finetune
 from registry.scores import Scored
 from registry.settings import Settings
@@ -296,7 +297,6 @@ def test_probes_are_asked_of_all_in_the_same_words(here: Judged) -> None:
 
 
 def test_scores_travel_as_json(here: Judged) -> None:
-    import json
 
     with AnsweringEngine(SHARES) as canned:
         scored = run(here, canned, request(here))
@@ -358,3 +358,17 @@ def test_versions_are_scored_by_name(here: Judged) -> None:
     assert {name: each.metrics["exact_match"] for name, each in scored.items()} == {
         "m@1": 0.5, "m@2": 1.0, "base org/base": 0.25,
     }  # fmt: skip
+
+
+def test_what_no_card_here_can_serve_is_refused_at_once_with_the_card_that_it_needs(here: Judged) -> None:
+    folder = here.project.models / BASE.folder
+    folder.mkdir(parents=True)
+    shape = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+             "intermediate_size": 28672, "vocab_size": 128256, "max_position_embeddings": 8192,
+             "model_type": "llama", "architectures": ["LlamaForCausalLM"]}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    small = Settings(cards={"cpu": {"memory_gb": 8}, "cuda-0": {"memory_gb": 8}})
+    version = adapters.get_version(here.store, "m", 2)
+    with pytest.raises(DoesNotFit, match=r"cannot serve org/base: memory: .* GiB needed") as refused:
+        asyncio.run(judge_version(here.project, here.store, small, version, lambda *_: None))
+    assert "a host with a card of 135 GiB" in refused.value.fix

@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from jobs.trainer import OK, run_job
+from jobs.claim import OK
+from jobs.trainer import run_job
 from jobs.trainers.chat_tokens import encode
 from jobs.trainers.packing import check_rows_stay_apart, pack
 from registry.errors import RecipeError

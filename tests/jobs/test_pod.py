@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from jobs.claim import Claim
 from jobs.pod_env import IN_BUCKET, pod_env
 from jobs.pod_mirror import Mirror
 from jobs.pod_watchdog import Limits, Seen, Usage, Watchdog, why_end
-from jobs.trainer import Claim
 from registry.bucket import open_bucket
 from registry.errors import BucketError
 from registry.job_bucket import JobBucket, Permit
@@ -33,7 +33,7 @@ QUICK = {"FT_POD_LOOK_SECONDS": "0.3", "FT_POD_GRACE_SECONDS": "3", "FT_POD_END_
 DEAF = """
 import signal, sys, time
 from pathlib import Path
-from jobs.trainer import Claim
+from jobs.claim import Claim
 from registry.job_folder import JobFolder
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with Claim(JobFolder(Path(sys.argv[-1]))).kept():

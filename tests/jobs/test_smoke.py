@@ -11,7 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from jobs.trainer import FAILED, OK, STOPPED, run_job
+from jobs.claim import FAILED, OK, STOPPED
+from jobs.trainer import run_job
 from jobs.trainers.smoke import longest, state_digest, updates
 from registry.recipe import Train
 from tests.conftest import TinyBase

@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
+from jobs.claim import FAILED, OK, STOPPED, TAKEN
 from jobs.retries import next_attempt
-from jobs.trainer import FAILED, OK, STOPPED, TAKEN, run_job
+from jobs.trainer import run_job
 from registry.base_models import BaseModel
 from registry.job_folder import Held, JobFolder
 from registry.manifest import broken_files, read_manifest, write_manifest

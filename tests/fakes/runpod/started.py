@@ -74,7 +74,8 @@ class Standin:
 
 @contextmanager
 def standin(folder: Path, *, rules: list[dict[str, Any]] | None = None, **options: Any) -> Iterator[Standin]:
-    """`options` as on its command line: `price_factor=100`, `restarts=True`, `port=8390`. Ends with all of its pods."""
+    """`options` as on its command line: `price_factor=100`, `restarts=True`, `image_env=["FT_CACHE=..."]`. Ends with
+    all of its pods."""
     folder.mkdir(parents=True, exist_ok=True)
     ready = folder / "ready.json"
     ready.unlink(missing_ok=True)
@@ -92,7 +93,10 @@ def standin(folder: Path, *, rules: list[dict[str, Any]] | None = None, **option
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
-    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+    given = [
+        (name, each) for name, value in options.items() for each in (value if isinstance(value, list) else [value])
+    ]
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in given]
     return [
         text
         for flag, value in pairs
