@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,12 @@ async def _engine(job: JobFolder, request: EvalRequest) -> AsyncIterator[Engine]
     project = Project(root=job.path, home=job.path, cache=cache_folder())
     rank = engine_rank(max((subject.rank for subject in request.asked), default=0))
     serve = Finetune.model_validate(spec["recipe"]).serve
-    lock = try_lock(project, card, f"evaluation of {job.path}")
+    # The card is the pod's, so the lock lies in the job: it keeps out a vLLM that an earlier evaluator left.
+    # With the lock in the cache, `ft serve` held up the pods of `ft dev runpod`.
+    lock = try_lock(replace(project, cache=job.path), card, f"evaluation of {job.path}")
     if lock is None:
-        raise EngineError(f"card {card.name} is in use", place=str(job.path), fix="end what uses it")
+        raise EngineError(f"an earlier evaluation's vLLM is still on card {card.name}", place=str(job.path),
+                          fix="`ft resume` the run: another pod goes on")  # fmt: skip
     try:
         settings = Settings(**spec["engine"])
         vllm = await start_vllm(project, settings, EngineConfig(BaseModel(**spec["base"]), serve, card, rank), lock)

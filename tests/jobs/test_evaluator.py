@@ -26,6 +26,7 @@ from jobs.evaluation_job import keys_asked, scores_in, write_evaluation
 from jobs.steps import Bench
 from registry import adapters, runs
 from registry.base_models import BaseModel
+from registry.cards import pick_card, try_lock
 from registry.dataset_versions import materialise
 from registry.job_folder import JobFolder
 from registry.manifest import manifest_digest, write_manifest
@@ -198,6 +199,17 @@ def test_one_that_is_killed_keeps_what_it_had_saved(place: Place) -> None:
     place.seconds = 0.0
     assert place.do(job) == OK, job.log.read_text()
     assert len(place.engine.asked) - asked <= 3 * TEST_ROWS - saved + 4  # those under way when it was killed
+
+
+def test_a_server_of_the_machine_that_plays_the_pod_is_not_in_its_way(place: Place) -> None:
+    card = pick_card("auto")
+    lock = try_lock(place.here.project, card, "ft serve")
+    assert lock is not None
+    try:
+        job = place.job()
+        assert place.do(job) == OK, job.log.read_text()
+    finally:
+        lock.release()
 
 
 def test_an_engine_that_cannot_start_is_a_failure_that_may_go_better_elsewhere(place: Place) -> None:
