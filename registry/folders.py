@@ -8,18 +8,21 @@ the bucket.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from pathlib import Path
 
-from registry.errors import Conflict
+from registry.errors import Conflict, Trouble
 from registry.file_locks import alone
 from registry.project import Project
 from registry.store import Store
 
+NAME = re.compile("[0-9a-f]{32}")
+
 
 def folder_id(home: Path) -> str:
-    """The name of the folder whose `.ft` is `home`; made at the first look."""
+    """The name of the folder whose `.ft` is `home`; made at the first look. Raises Trouble where it is damaged."""
     path = home / "folder.id"
     if not path.exists():
         with alone(home / "folder.lock"):
@@ -27,7 +30,7 @@ def folder_id(home: Path) -> str:
                 partial = path.with_suffix(".partial")
                 partial.write_text(secrets.token_hex(16), encoding="utf-8")
                 partial.replace(path)
-    return path.read_text(encoding="utf-8")
+    return _read(path)
 
 
 def is_away(folder: str, here: str) -> bool:
@@ -66,6 +69,22 @@ def refuse_lending(project: Project, store: Store) -> None:
             fix="do it on a host of that folder (`ft cards` shows them); `ft worker --lead` makes this one lead if "
             "that one is gone (docs/hosts.md)",
         )  # fmt: skip
+
+
+def _read(path: Path) -> str:
+    # An empty one would pass for the name of every folder, and two hosts for one that share theirs.
+    try:
+        found = path.read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        found, why = "", f"cannot be read ({error})"
+    else:
+        why = f"is damaged: {found[:40]!r}"
+    if not NAME.fullmatch(found):
+        raise Trouble(
+            f"the folder's name {why}", place=str(path),
+            fix="delete it: a new one is made; if this folder led, start its worker with `ft worker --lead`",
+        )  # fmt: skip
+    return found
 
 
 def _write(store: Store, folder: str, on_conflict: str) -> None:

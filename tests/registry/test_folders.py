@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry.cards import Card
-from registry.errors import Conflict, WrongInput
+from registry.errors import Conflict, Trouble, WrongInput
 from registry.folders import folder_id, is_away, leading, leads, refuse_lending, take_lead
 from registry.hosts import Host, HostCard, beat, choose_card, cut_off, hosts
 from registry.project import Project
@@ -61,6 +61,15 @@ def test_a_host_is_known_with_its_folder_and_one_of_an_older_ft_shares_it(store:
         ("attic", "b", "s3://x/y"), ("cellar", "", ""),
     ]  # fmt: skip
     assert [is_away(each.folder, "a") for each in hosts(store)] == [True, False]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"x\0y", b"\xff" * 32, b"0123456789abcdef" * 3, None])
+def test_a_damaged_name_is_told_and_not_taken_for_one(tmp_path: Path, damaged: bytes | None) -> None:
+    path = tmp_path / "folder.id"
+    path.mkdir() if damaged is None else path.write_bytes(damaged)
+    with pytest.raises(Trouble, match="the folder's name") as told:
+        folder_id(tmp_path)
+    assert told.value.place == str(path)
 
 
 @pytest.mark.parametrize(
