@@ -34,6 +34,8 @@ PULL_SECONDS = 2.0
 PODS_SECONDS = 10.0  # RunPod allows 60 calls a minute, to all jobs together
 PERMIT_SECONDS = 30.0
 STOP_SECONDS = 120.0
+# A pod that has published its result says when all else is in the bucket; one that says nothing is ended after so long.
+SEND_SECONDS = 30.0
 # A trainer that was heard so lately is at work, and its run's budget pays for more than the plan expected.
 HEARD_SECONDS, LAST_SECONDS, LAST_SHARE = 60.0, 240.0, 0.25
 ENDED = ("EXITED", "ERROR", "TERMINATED")
@@ -71,6 +73,7 @@ class RunPodPod:
         self._seen: Pod | None = None
         self._silence = LeaseWatch()
         self._note = self._grown = ""
+        self._done: float | None = None
 
     def launch(self, folder: Path) -> bool:
         job = JobFolder(folder)
@@ -85,7 +88,7 @@ class RunPodPod:
         remote.push(job, self.rent.base)
         order = partial(self._order, job)
         rent(self.store, self.cloud, self._wish(job), order, settle_seconds=self.settings.settle_seconds)
-        self._silence, self._seen, self._permitted = LeaseWatch(), None, float("-inf")
+        self._silence, self._seen, self._permitted, self._done = LeaseWatch(), None, float("-inf"), None
         return True
 
     def poll(self, folder: Path) -> Poll:
@@ -93,7 +96,11 @@ class RunPodPod:
         self._pull(job)
         rental = current(self.store, self._run(job))
         if (result := job.result()) and not self._works_on(job, rental):
+            if rental and not self._has_sent_all(job, rental):
+                return Poll("running", note="the pod sends what is left")
             if rental:
+                self._pulled = float("-inf")  # the last steps may have come after the result
+                self._pull(job)
                 end_rental(self.store, self.cloud, rental.name, f"the job is {result['status']}")
             return Poll("done", result)
         if rental is None or rental.state != "live":
@@ -178,6 +185,15 @@ class RunPodPod:
         """A pod of a later attempt than the one whose result is there: it has not claimed the job yet."""
         held = job.lease()
         return bool(rental and held and rental.attempt > attempt_of(held.lease) and not _is_done(job))
+
+    def _has_sent_all(self, job: JobFolder, rental: Rental) -> bool:
+        """Ended with its result's first sight, a stopped pod lost the checkpoint that it was about to send."""
+        now = time.monotonic()
+        self._done = now if self._done is None else self._done
+        with suppress(BucketError):
+            if self._remote(job).end_note(rental.attempt) is not None:
+                return True
+        return now - self._done > SEND_SECONDS
 
     def _live(self, job: JobFolder) -> bool:
         rental = current(self.store, self._run(job))

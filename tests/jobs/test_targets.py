@@ -211,7 +211,7 @@ def test_asked_to_stop_it_saves_a_checkpoint_and_goes_on_from_there_when_launche
     assert place.target.launch(folder)
     done = _ok(place)
     assert done["steps"] == STEPS
-    assert _first_steps(place.job)[-1] >= 3
+    assert _first_steps(place.job)[-1] >= stopped["steps"], "the checkpoint of the stop is there"
 
 
 def test_a_trainer_that_dies_is_lost_and_the_next_goes_on_from_its_checkpoint(place: Place) -> None:
