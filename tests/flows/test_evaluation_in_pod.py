@@ -166,6 +166,7 @@ def test_a_worker_that_is_killed_finds_its_evaluation_and_rents_no_other(field: 
     field.check_money(run_id)
 
 
+@pytest.mark.timeout(1800)
 def test_a_worker_that_is_killed_at_every_step_of_it_rents_one_pod_and_asks_every_question_once(
     field: Field, tmp_path: Path
 ) -> None:
@@ -177,7 +178,7 @@ def test_a_worker_that_is_killed_at_every_step_of_it_rents_one_pod_and_asks_ever
     for point in IN_POD:
         order.write_text(json.dumps(point.as_dict()), encoding="utf-8")
         with worker(tiny, order) as process:
-            assert process.wait(180) == -signal.SIGKILL, f"{point.name}: {tiny.told(run_id)}"
+            assert process.wait(300) == -signal.SIGKILL, f"{point.name}: {tiny.told(run_id)}"
         assert order.with_suffix(".done").exists(), point.name
         order.with_suffix(".done").unlink()
     with worker(tiny, order):
