@@ -347,7 +347,8 @@ def _of_each(scores: State, field: str) -> State:
 def _note_failure(run_id: str, error: Exception) -> None:
     known = error if isinstance(error, FtError) else Trouble(f"{type(error).__name__}: {error}", place=run_id)
     store = BENCH.get().store
-    if runs.get(store, run_id).wish not in (*runs.STOPS, "replan"):  # the end of a cancelled child is no failure
+    # The end of a cancelled child is no failure; and one that `ft resume` has reopened since its child failed goes on.
+    if runs.get(store, run_id).wish not in (*runs.STOPS, "replan", "resume"):
         # A child's error reaches the parent as text only; what the step itself wrote down is kept.
         runs.finish(store, run_id, "failed", known)
 

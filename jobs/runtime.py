@@ -107,6 +107,7 @@ def agree(store: Store, start: Callable[[str], None], let_go: LetGo, others: Con
             runs.stopped(store, run)
         elif status is None:
             start(run.id)
+            runs.clear_wish(store, run.id, "resume")
         elif stop and status not in TERMINAL:
             DBOS.cancel_workflow(run.id, cancel_children=True)
         elif status in TERMINAL and status != "SUCCESS" and stop:
@@ -163,11 +164,13 @@ def _resume(store: Store, run: runs.Run, others: Container[str]) -> None:
     One that was planned for a card of a host that is lost by now is planned again.
     """
     status = _status(run.id)
-    if (run.active and status not in TERMINAL) or run.state in ("succeeded", "refused"):
+    if run.state in ("succeeded", "refused"):
         runs.clear_wish(store, run.id, "resume")
         return
     if status is not None and status not in TERMINAL:
-        return  # a child wrote the failure down; its parent is about to, and would fail the run that was resumed
+        # A child wrote the failure down, and its parent is about to end. The wish stays until then: cleared here,
+        # as it once was, the parent failed the run that was just reopened, and it stood still.
+        return
     host = run.result.get("host", host_id())
     start = _first_unfinished(run.id) if host == host_id() or host in others else _planning(run.id)
     runs.reopen(store, run.id)

@@ -102,7 +102,8 @@ def test_no_and_nobody_leave_the_champion_and_a_new_champion_is_asked_for_again(
 
 def test_a_paused_run_keeps_its_place_and_goes_on_from_its_checkpoint(tiny: Tiny) -> None:
     project = tiny.person.project
-    tiny.write_recipe({"max_steps": 120, "checkpoint_steps": 60})
+    # Some 40 steps a second on a quick machine: 120 were nearly over before the pause came.
+    tiny.write_recipe({"max_steps": 600, "checkpoint_steps": 600})
     with stand_in(tiny):
         run_id = tiny.submit()
         tiny.until(lambda: tiny.step(run_id) >= 3, run_id)
