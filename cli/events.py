@@ -226,18 +226,19 @@ def _deaf(project: Project, event: Event, decided: list[Decision]) -> list[Decis
     """Recipes that have triggers now, and nothing was decided for them."""
     from registry.errors import FtError
     from registry.project import recipe_files
-    from registry.recipe import load_recipe
+    from registry.recipe import Finetune
+    from registry.recipe_kinds import load_any
     from registry.triggers import Decision, Subscriber, listens
 
     said = []
     for path in recipe_files(project):
         try:
-            loaded = load_recipe(path)
+            loaded = load_any(path)
         except FtError as error:
             if path.stem not in {each.recipe for each in decided}:
                 said.append(Decision(path.stem, False, f"its recipe is wrong: {error.what}"))
             continue
-        if loaded.on and loaded.name not in {each.recipe for each in decided}:
+        if isinstance(loaded, Finetune) and loaded.on and loaded.name not in {each.recipe for each in decided}:
             what = f"{event.type} of {event.subject or event.source}"
             heard = listens(Subscriber(loaded.name, loaded.model, loaded.data.path, loaded.on), event)
             why = "was another recipe, or a wrong one, when this was decided" if heard else f"has no trigger for {what}"

@@ -78,7 +78,7 @@ def _start_dvc(root: Path, *, subdir: bool) -> None:
 
 
 def _copy_templates(root: Path) -> None:
-    from registry.recipe import recipe_schema
+    from registry.recipe_kinds import recipe_schema
 
     with as_file(files("cli") / "templates" / "project") as source:
         for each in source.rglob("*"):

@@ -24,13 +24,15 @@ def check(
     """
     from cli.console import print_json, say
     from registry.errors import RecipeError
-    from registry.recipe import digest, load_recipe
+    from registry.recipe import Finetune, digest
+    from registry.recipe_kinds import load_any
 
     errors, good = [], {}
     for file in files:
         try:
-            loaded = load_recipe(file)
-            _check_escalation(file, loaded)
+            loaded = load_any(file)
+            if isinstance(loaded, Finetune):
+                _check_escalation(file, loaded)
             good[str(file)] = digest(loaded)
         except RecipeError as error:
             errors.append(error)
@@ -52,7 +54,7 @@ def schema() -> None:
     Example: ft recipe schema > docs/recipe.schema.json
     """
     from cli.console import print_json
-    from registry.recipe import recipe_schema
+    from registry.recipe_kinds import recipe_schema
 
     print_json(recipe_schema())
 

@@ -21,7 +21,8 @@ from registry.decisions import CURSOR, past_of, settle
 from registry.errors import FtError, RecipeError, StoreError
 from registry.events import Event, advance, cursor, read
 from registry.project import Project, recipe_files
-from registry.recipe import Recipe
+from registry.recipe import Finetune, Recipe
+from registry.recipe_kinds import load_any
 from registry.seen import last_clock, note_all, note_clock, note_datasets
 from registry.store import Store
 from registry.triggers import Subscriber, decide, due, listens
@@ -143,7 +144,10 @@ class Dispatcher:
     def _read(self, path: Path) -> tuple[int, Recipe | FtError] | None:
         try:
             changed, before = path.stat().st_mtime_ns, self._files.get(path)
-            return before if before and before[0] == changed else (changed, recipes.load_recipe(path))
+            if before and before[0] == changed:
+                return before
+            found = load_any(path)
+            return (changed, found) if isinstance(found, Finetune) else None  # what serves has no triggers
         except FtError as error:
             return changed, error
         except OSError:  # deleted meanwhile

@@ -1,30 +1,26 @@
 """Recipes: what a person writes. A YAML file in recipes/, read strictly, all of its errors at once.
 
-`load_recipe` is the way in; `recipe_schema` gives editors a JSON schema; `digest` is of the meaning, so comments
-and the order of keys do not change it.
+`load_recipe` is the way in (`registry/recipe_file.py` reads the file); `digest` is of the meaning, so comments and the
+order of keys do not change it.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from registry.cloud_terms import CloudTerms, Escalation, RunBudget
 from registry.errors import RecipeError
+from registry.recipe_file import read_recipe
 from registry.recipe_part import VARIABLE, Part, Text
 from registry.run_control import ApprovalTerms, Retries, Timeouts
 from registry.triggers import Triggers
 
-MAX_BYTES = 1_000_000
 NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 # The metrics of each task, the one that a gate looks at first.
 METRICS = {
@@ -46,6 +42,11 @@ class Base(Part):
     revision: Text | None = Field(None, description="Hub commit or tag; the default branch's newest otherwise")
     licence: Text | None = Field(None, description="SPDX id, where neither we nor the model's files know it")
     token: str | None = Field(None, description="Hub token for a gated model", examples=["${HF_TOKEN}"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_its_name(cls, given: Any) -> Any:
+        return {"model": given} if isinstance(given, str) else given  # `base: ID` is short for `base: {model: ID}`
 
 
 class Data(Part):
@@ -207,48 +208,19 @@ class Finetune(Part):
 
 
 Recipe = Finetune
-KINDS: dict[str, type[Finetune]] = {"finetune": Finetune}
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in the file. Raises RecipeError with every error of the file, each with its line."""
-    text = _read(path)
-    node, plain = _parse(path, text)
-    if not isinstance(plain, dict):
-        raise RecipeError("a recipe is a mapping of keys to values", place=str(path), fix="start with `kind: finetune`")
-    kind = plain.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise RecipeError(
-            f"kind is {kind!r}, and must be one of: {', '.join(KINDS)}",
-            place=f"{path}:{_line(node, ('kind',))}",
-        )
-    written = set(plain)
-    plain.setdefault("name", _stem(path))
-    plain.setdefault("model", plain["name"])
-    if isinstance(plain.get("base"), str):  # `base: ID` is short for `base: {model: ID}`
-        plain["base"] = {"model": plain["base"]}
-    try:
-        return KINDS[kind].model_validate(plain)
-    except ValidationError as error:
-        problems = [each for each in error.errors() if each["loc"] != ("model",) or "model" in written]
-        lines = [_explain(path, node, problem) for problem in problems]
-        raise RecipeError(
-            "\n".join(lines), fix=f"`ft recipe schema` lists every key; then `ft recipe check {path}`"
-        ) from None
+    found = read_recipe(path, {"finetune": Finetune})
+    assert isinstance(found, Finetune)
+    return found
 
 
-def digest(recipe: Recipe) -> str:
+def digest(recipe: Part) -> str:
     """sha256 (hex) of what the recipe means; secrets enter as the name of their variable."""
     text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of recipe files; name and model may be left out, base may be just a string."""
-    schema = Finetune.model_json_schema()
-    schema["properties"]["base"] = {"anyOf": [{"type": "string"}, schema["properties"]["base"]]}
-    schema["title"] = "ft recipe"
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def expand(text: str | None, place: str) -> str | None:
@@ -261,123 +233,3 @@ def expand(text: str | None, place: str) -> str | None:
     if missing:
         raise RecipeError(f"not set: {', '.join(missing)}", place=place, fix="set it in the environment or in .env")
     return VARIABLE.sub(lambda found: os.environ[found[1]], text)
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.exists() and not path.is_file():
-            raise RecipeError("a recipe is a file, and this is none", place=str(path), fix=_nearest_file(path / "x"))
-        if not path.is_file():
-            raise RecipeError("no such recipe", place=str(path), fix=_nearest_file(path))
-    except OSError as error:  # a link to itself, a name of thousands of characters
-        raise RecipeError(f"cannot be read: {error.strerror}", place=str(path)[:200]) from error
-    if path.stat().st_size > MAX_BYTES:
-        raise RecipeError(f"larger than {MAX_BYTES} bytes, so hardly a recipe", place=str(path))
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}", place=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"not UTF-8 text ({error.reason} at byte {error.start})", place=str(path)) from error
-
-
-def _nearest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("recipes")
-    found = sorted(str(each) for each in folder.glob("*.y*ml"))
-    near = difflib.get_close_matches(str(path), found, n=1)
-    return f"did you mean {near[0]}?" if near else f"there is: {', '.join(found) or 'none yet; see `ft init`'}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: in 1.1 the key `on` is True, and so are the labels yes and on."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in each if tag != "tag:yaml.org,2002:bool"]
-    for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-
-
-def _parse(path: Path, text: str) -> tuple[yaml.Node | None, Any]:
-    try:
-        for token in yaml.scan(text):
-            if isinstance(token, yaml.AliasToken):
-                line = token.start_mark.line + 1
-                raise RecipeError("YAML aliases (*name) are not allowed in recipes", place=f"{path}:{line}")
-        node = yaml.compose(text, Loader=_Loader)
-        repeated = list(_repeated_keys(path, node))
-        if repeated:
-            raise RecipeError("\n".join(repeated))
-        return node, yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"not valid YAML: {error.problem}", place=f"{path}:{line}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"not valid YAML: {error}", place=str(path)) from error
-
-
-def _repeated_keys(path: Path, node: yaml.Node | None) -> Iterator[str]:
-    # PyYAML silently keeps the last of two equal keys.
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):  # a list as a key is refused later, with its own message
-                if key.value in seen:
-                    yield f"{path}:{key.start_mark.line + 1}: {key.value}: given twice"
-                seen.add(key.value)
-            yield from _repeated_keys(path, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _repeated_keys(path, value)
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".yaml").removesuffix(".yml").lower()
-
-
-def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
-    # Of a union, pydantic names the branch too: targets.list[str].1
-    *before, last = problem["loc"] or ("recipe",)
-    kept = [part for part in before if "[" not in str(part)]
-    place = (*kept, last) if problem["type"] == "extra_forbidden" or "[" not in str(last) else (*kept,)
-    dotted = ".".join(str(part) for part in place)
-    line = _line(node, place)
-    if problem["type"] == "extra_forbidden":
-        return f"{path}:{line}: {dotted}: unknown key{_nearest_key(place)}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{path}:{line}: {dotted}: {message[:1].lower() + message[1:]}{shown}"
-
-
-def _line(node: yaml.Node | None, place: tuple[Any, ...]) -> int:
-    """Line of the deepest part of `place` that the file has; 1 for an empty file."""
-    line = node.start_mark.line + 1 if node else 1
-    for part in place:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            if found is None:
-                return line
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
-
-
-def _nearest_key(place: tuple[Any, ...]) -> str:
-    part: type[Part] | None = Finetune
-    for name in place[:-1]:
-        field = part.model_fields.get(str(name)) if part and not isinstance(name, int) else None
-        part = _part_in(field.annotation) if field else part if isinstance(name, int) else None
-    keys = list(part.model_fields) if part else []
-    near = difflib.get_close_matches(str(place[-1]), keys, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(keys)}" if keys else ""
-
-
-def _part_in(annotation: Any) -> type[Part] | None:
-    """The part in `Part`, `Part | None` or `list[Part]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Part):
-        return annotation
-    return next(filter(None, map(_part_in, get_args(annotation))), None)

@@ -55,8 +55,12 @@ class Decision:
 class Reconciler:
     """`step` is one round; `loaded`, `refused` and `swaps` are for whoever asks for the state."""
 
-    def __init__(self, project: Project, store: Store, board: Board, engine: Engine, config: EngineConfig) -> None:
+    def __init__(
+        self, project: Project, store: Store, board: Board, engine: Engine, config: EngineConfig, part: str
+    ) -> None:
+        """`part`: under which name the engine's routes are put up on the board."""
         self.project, self.store, self.board, self.engine, self.config = project, store, board, engine, config
+        self.part = part
         self.modules = lora_modules(base_path(project, config.base))
         self.landed: dict[str, Landed] = {}
         self.refused: dict[str, str] = {}
@@ -102,10 +106,10 @@ class Reconciler:
     def _apply(self, decision: Decision) -> None:
         before = self._live()
         routes = self._routes(decision)
-        if _same(routes, self.board.routes):
+        if routes == self.board.part(self.part):
             return
         began = time.perf_counter()
-        self.board.flip(routes)
+        self.board.put(self.part, routes)
         flip = time.perf_counter() - began
         for model, name in decision.live.items():
             if before.get(model) != name:
@@ -119,14 +123,14 @@ class Reconciler:
 
     def _live(self) -> dict[str, str]:
         """Public model name -> version, as this engine answers now."""
-        public = self.board.routes.public.items()
+        public = self.board.part(self.part).public.items()
         return {name: each.adapter for name, each in public if "@" not in name and each.engine is self.engine}
 
     async def _unload(self, names: tuple[str, ...]) -> None:
         # An evaluation loads versions of its own into this engine, and asks them past the gateway.
         if names and not await asyncio.to_thread(wanted, self.project, self.config.card, "eval"):
             for name in names:
-                if not self.board.in_flight[name]:
+                if not self.board.in_flight[Route(name, self.engine)]:
                     await self.engine.unload(name)
                     self.landed.pop(name, None)
 
@@ -257,7 +261,3 @@ def _last_move(store: Store, model: str, to: int | None = None) -> Promotion | N
         (model, -1 if to is None else to),
     )
     return Promotion(**row) if row else None
-
-
-def _same(one: Routes, other: Routes) -> bool:
-    return (one.public, one.internal, one.away, one.closed) == (other.public, other.internal, other.away, other.closed)

@@ -44,11 +44,13 @@ from serving.endpoint_routes import EndpointRoutes
 from serving.gateway import Gateway
 from serving.listening import http_server, listen, loop_factory, url_of
 from serving.reconciler import Reconciler, nothing_answers, rank_needed, wanted_models
-from serving.routes import Away, Board
+from serving.routes import Away, Board, Routes
 from serving.server_keys import write_keys
 from serving.server_record import ERROR_LINE, ServerStatus, State, only_server, write_status
 from serving.vllm_process import EngineConfig, VllmProcess, engine_memory, engine_rank, start_vllm
 
+# Parts of the board.
+ENGINE, ENDPOINTS = "engine", "endpoints"
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 1.0
 LONGEST_BACK_OFF = 60.0
@@ -80,7 +82,7 @@ class Server:
     def __init__(self, project: Project, store: Store, settings: Settings, config: EngineConfig) -> None:
         [card] = as_set([config.card], settings.cards)
         self.project, self.store, self.settings, self.config = project, store, settings, replace(config, card=card)
-        self.board = Board()
+        self.board = Board([ENGINE, ENDPOINTS])
         self.endpoints = EndpointRoutes(settings)
         self.internal_key = settings.internal_key or secrets.token_urlsafe(32)
         self.vllm: VllmProcess | None = None
@@ -134,7 +136,7 @@ class Server:
         """One round after another. Only the first start of the engine may end the server."""
         while True:
             try:
-                self.board.lend(await self.endpoints.look(self.store))
+                self.board.put(ENDPOINTS, Routes(public=await self.endpoints.look(self.store)))
                 await self._round()
             except Trouble as error:
                 if self.vllm is None:
@@ -185,7 +187,7 @@ class Server:
         except BaseException:
             self._release()
             raise
-        self.reconciler = Reconciler(self.project, self.store, self.board, self.vllm.engine, self.config)
+        self.reconciler = Reconciler(self.project, self.store, self.board, self.vllm.engine, self.config, ENGINE)
         self.status = replace(
             self.status,
             engine_url=self.vllm.engine.url,
@@ -246,7 +248,8 @@ class Server:
     async def _drain(self, away: Away) -> None:
         """No new requests; those under way may end within the time for it."""
         await self._flip_away(away)
-        await self.board.drained(self.settings.drain_seconds)
+        if self.vllm is not None:
+            await self.board.drained(self.vllm.engine, self.settings.drain_seconds)
 
     async def _stop_engine(self) -> None:
         vllm, self.vllm, self.reconciler = self.vllm, None, None
@@ -264,7 +267,7 @@ class Server:
 
     async def _flip_away(self, why: Away) -> None:
         models = await asyncio.to_thread(wanted_models, self.store, self.config.base)
-        self.board.flip(nothing_answers(models, why))
+        self.board.put(ENGINE, nothing_answers(models, why))
 
     def _gateway(self) -> uvicorn.Server:
         gateway = Gateway(self.board, self.internal_key)
@@ -293,7 +296,7 @@ class Server:
                 await asyncio.wait_for(self._beat.wait(), HEARTBEAT_SECONDS)
 
     def _now(self) -> ServerStatus:
-        public = self.board.routes.public.items()
+        public = self.board.part(ENGINE).public.items()
         routes = {name: route.adapter for name, route in public if "@" not in name}
         if self.reconciler is None:
             return replace(self.status, routes=routes, loaded=[])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.recipe import recipe_schema
+from registry.recipe_kinds import recipe_schema
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("cli", "jobs", "serving", "registry")

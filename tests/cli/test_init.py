@@ -15,7 +15,8 @@ import pytest
 from registry.chat_data import check_dataset, load_rows
 from registry.dataset_versions import materialise, pin
 from registry.project import Project, find_project
-from registry.recipe import load_recipe, recipe_schema
+from registry.recipe import load_recipe
+from registry.recipe_kinds import recipe_schema
 from registry.tracked_data import tracked_datasets
 from tests.conftest import ROOT, run_bounded
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from registry.errors import RecipeError
-from registry.recipe import LoraRank, digest, expand, load_recipe, recipe_schema
+from registry.recipe import LoraRank, digest, expand, load_recipe
+from registry.recipe_kinds import recipe_schema
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("cli/templates/**/recipes/*.yaml")]

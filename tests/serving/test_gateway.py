@@ -64,7 +64,7 @@ async def front(hold_seconds: float = 0.4) -> AsyncIterator[Front]:
         aiohttp.ClientSession() as session,
     ):
         here = Front(f"http://127.0.0.1:{listening.getsockname()[1]}", board, canned, engine, session)
-        board.flip(here.routes())
+        board.put("engine", here.routes())
         try:
             yield here
         finally:
@@ -109,7 +109,7 @@ def test_a_stream_is_passed_on_as_it_comes() -> None:
             first = await asyncio.wait_for(got.content.readany(), 2)
             assert b"one " in first
             assert b"two" not in first
-            assert here.board.in_flight == {"tickets@2": 1}
+            assert here.board.in_flight == {Route("tickets@2", here.engine): 1}
             here.canned.gate.set()
             rest = await got.content.read()
         assert rest.endswith(b"data: [DONE]\n\n")
@@ -124,10 +124,10 @@ def test_a_flip_leaves_what_has_begun_where_it_was() -> None:
         async with here.session.post(here.url + CHAT, json={"model": "tickets", "stream": True}) as got:
             await got.content.readany()
             routes = here.routes()
-            here.board.flip(Routes(public={**routes.public, "tickets": Route("tickets@1", here.engine)}))
+            here.board.put("engine", Routes(public={**routes.public, "tickets": Route("tickets@1", here.engine)}))
             _, headers, _ = await here.post({"model": "tickets"})
             assert headers["x-ft-adapter"] == "tickets@1"
-            assert here.board.in_flight == {"tickets@2": 1}
+            assert here.board.in_flight == {Route("tickets@2", here.engine): 1}
             here.canned.gate.set()
             assert b"tickets@2" in await got.content.read()
 
@@ -218,7 +218,7 @@ def test_only_the_few_paths_answer() -> None:
             names = [each["id"] for each in (await answer.json())["data"]]
         assert names == ["tickets@1", "tickets@2", "tickets"]
         routes = here.routes()
-        here.board.flip(replace(routes, away={"tickets@4": Away("it was refused", hold=False)}))
+        here.board.put("engine", replace(routes, away={"tickets@4": Away("it was refused", hold=False)}))
         async with here.session.get(here.url + "/health") as answer:
             assert (answer.status, (await answer.json())["reasons"]) == (200, ["it was refused"])
 
@@ -276,12 +276,12 @@ def test_the_engine_stops_when_the_caller_leaves() -> None:
 
 def test_a_request_is_held_for_a_moment_while_the_engine_is_away() -> None:
     async def test(here: Front) -> None:
-        here.board.flip(Routes(away={"tickets": Away("its engine is restarting")}))
+        here.board.put("engine", Routes(away={"tickets": Away("its engine is restarting")}))
         held = asyncio.create_task(here.post({"model": "tickets"}))
         await asyncio.sleep(0.15)
-        here.board.flip(here.routes())
+        here.board.put("engine", here.routes())
         assert (await held)[0] == 200
-        here.board.flip(Routes(away={"tickets": Away("its engine is restarting", retry_after=7)}))
+        here.board.put("engine", Routes(away={"tickets": Away("its engine is restarting", retry_after=7)}))
         status, headers, text = await here.post({"model": "tickets"})
         assert (status, headers["retry-after"]) == (503, "7")
         assert "restarting" in error_of(text)["message"]
@@ -294,10 +294,10 @@ def test_a_request_is_held_for_a_moment_while_the_engine_is_away() -> None:
 def test_a_request_whose_engine_is_gone_moves_to_the_next_one() -> None:
     async def test(here: Front) -> None:
         async with Engine("http://127.0.0.1:9", "dead") as dead:
-            here.board.flip(Routes(public={"tickets": Route("tickets@2", dead)}))
+            here.board.put("engine", Routes(public={"tickets": Route("tickets@2", dead)}))
             held = asyncio.create_task(here.post({"model": "tickets"}))
             await asyncio.sleep(0.15)
-            here.board.flip(here.routes())
+            here.board.put("engine", here.routes())
             status, headers, _ = await held
             assert (status, headers["x-ft-adapter"]) == (200, "tickets@2")
 

@@ -430,7 +430,7 @@ class Front:
 
     def local_answers(self, *names: str) -> None:
         found = {name: Route("tickets@9", self.engine) for name in names}
-        self.board.flip(Routes(public=found, away={} if names else {"tickets": Away("training", hold=False)}))
+        self.board.put("engine", Routes(public=found, away={} if names else {"tickets": Away("training", hold=False)}))
 
     async def ask(self, model: str = "tickets", **headers: str) -> tuple[int, dict[str, str], dict[str, Any]]:
         async with self.session.post(self.url + CHAT, json={"model": model, "messages": []}, headers=headers) as got:
@@ -447,7 +447,7 @@ async def front(cloud: Cloud) -> AsyncIterator[Front]:
         here = Front(f"http://127.0.0.1:{listening.getsockname()[1]}", board, local, engine, routes, session)
         try:
             here.local_answers()
-            board.lend(await routes.look(cloud.store))
+            board.put("endpoints", Routes(public=await routes.look(cloud.store)))
             yield here
         finally:
             await session.close()
@@ -521,10 +521,10 @@ def test_routes_follow_the_rows(cloud: Cloud) -> None:
         before = await here.routes.look(cloud.store)
         assert before == await here.routes.look(cloud.store)
         generation = here.board.routes.generation
-        here.board.lend(before)
+        here.board.put("endpoints", Routes(public=before))
         assert here.board.routes.generation == generation
         await asyncio.to_thread(scale, cloud.store, cloud.runpod, row, 0)
-        here.board.lend(await here.routes.look(cloud.store))
+        here.board.put("endpoints", Routes(public=await here.routes.look(cloud.store)))
         status, _, body = await here.ask()
         assert (status, "training" in body["error"]["message"]) == (503, True)
 
