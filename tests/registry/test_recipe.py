@@ -27,6 +27,7 @@ evaluate:
 """
 CHECK = "`ft recipe schema` lists every key; then `ft recipe check {path}`"
 
+KIND_FIX = "\n  -> `ft run` takes what trains (finetune), `ft serve up` what answers (serve)"
 # What is added to GOOD (or stands for it), and the message, where {path} is the file.
 ADDED = [
     ("xyz: 1\n", "{path}:7: xyz: unknown key; there are: kind, name, model, description, use, base, data, train, "
@@ -58,9 +59,9 @@ WHOLE = [
     ("", "{path}: a recipe is a mapping of keys to values\n  -> start with `kind: finetune`"),
     ("# nothing yet\n", "{path}: a recipe is a mapping of keys to values\n  -> start with `kind: finetune`"),
     ("- kind: finetune\n", "{path}: a recipe is a mapping of keys to values\n  -> start with `kind: finetune`"),
-    ("name: x\n", "{path}:1: kind is None, and must be one of: finetune"),
-    ("name: x\nkind: finetuna\n", "{path}:2: kind is 'finetuna', and must be one of: finetune"),
-    ("kind: [finetune]\n", "{path}:1: kind is ['finetune'], and must be one of: finetune"),
+    ("name: x\n", "{path}:1: kind is None, and must be one of: finetune" + KIND_FIX),
+    ("name: x\nkind: finetuna\n", "{path}:2: kind is 'finetuna', and must be one of: finetune" + KIND_FIX),
+    ("kind: [finetune]\n", "{path}:1: kind is ['finetune'], and must be one of: finetune" + KIND_FIX),
     ("kind: finetune\n\tbase: x\n",
      "{path}:2: not valid YAML: found character '\\t' that cannot start any token"),
     ("kind: finetune\nbase: [x\n", "{path}:3: not valid YAML: expected ',' or ']', but got '<stream end>'"),
