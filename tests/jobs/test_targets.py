@@ -68,12 +68,12 @@ class Place:
 
 @pytest.fixture
 def base(project: Project, tmp_path: Path) -> BaseModel:
-    """A base model that nobody loads."""
+    """A base model that nobody loads, in a cache that is not the person's: `ft doctor` once listed it there."""
+    project.models.unlink()
     folder = project.models / "local-none@1"
-    if not folder.exists():
-        folder.mkdir()
-        (folder / "config.json").write_text("{}", encoding="utf-8")
-        write_manifest(folder, source="none", revision="1", licence="Apache-2.0")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    write_manifest(folder, source="none", revision="1", licence="Apache-2.0")
     return BaseModel("none", "1", "Apache-2.0", manifest_digest(folder), folder.name)
 
 
@@ -138,7 +138,7 @@ def _on_lent_card(
         remote = JobBucket(bucket, job.name)
         remote.push(job, project.models / "local-none@1")
         shutil.rmtree(job.path)
-        project.models.unlink()  # a link to the person's own
+        shutil.rmtree(project.models)
 
         def kill() -> None:
             held = remote.lease()
