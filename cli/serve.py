@@ -7,33 +7,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.serve_explain import explain
+from cli.serve_gateway import gateway, gateways
+from cli.serve_plan import plan
+from cli.serve_status import print_status, rules, status
+
 if TYPE_CHECKING:
     from registry.adapters import Version
-    from registry.base_models import BaseModel
-    from registry.cards import Card
     from registry.project import Project
-    from registry.recipe import Serve
+    from registry.recipe import Finetune
+    from registry.serve_recipe import ServeRecipe
     from registry.store import Store
-    from serving.server_record import ServerStatus
-
-    What = tuple[BaseModel, Serve, Card]
+    from serving.to_serve import ToServe
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+app.command()(gateway)
+app.command()(gateways)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 
 
 @app.command()
 def up(
-    what: Annotated[str, typer.Argument(metavar="[MODEL|RECIPE]", help="Whose base model to serve")] = "",
+    what: Annotated[
+        str, typer.Argument(metavar="[MODEL|RECIPE]", help="A serve recipe, or whose base model to serve")
+    ] = "",
     foreground: Annotated[bool, typer.Option("--foreground", help="Serve in this process, until Ctrl-C")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start vLLM and the gateway; nothing to do where they run already.
+    """Start the engines and the gateway; nothing to do where they run already.
 
-    Without an argument: the base model of the one model that has a champion, or of the one recipe there is.
+    A recipe of `kind: serve` says which engines. Without an argument: one vLLM for the base model of the one model that
+    has a champion, or of the one recipe there is.
 
-    Example: ft serve up
+    Example: ft serve up recipes/desk.yaml
     """
     from cli.console import print_json, say
     from registry.project import find_project
@@ -44,22 +52,21 @@ def up(
     project = find_project()
     store, settings = open_store(project), load_settings(project)
     tell = (lambda _: None) if as_json else say
-    base, serve, card = what_to_serve(project, store, what, tell)
+    found = what_to_serve(project, store, what, tell)
     if foreground:
+        from serving.control import ensure_engines
         from serving.server import run_server
-        from serving.vllm_env import ensure_vllm
-        from serving.vllm_process import EngineConfig
 
-        ensure_vllm(project, settings, card, tell)
-        run_server(project, store, settings, EngineConfig(base, serve, card))
+        ensure_engines(project, settings, found, tell)
+        run_server(project, store, settings, found)
         return
-    status = start_server(project, store, settings, base, serve, card, tell)
-    print_json(status.as_dict()) if as_json else _print_status(status)
+    status = start_server(project, store, settings, found, tell)
+    print_json(status.as_dict()) if as_json else print_status(status)
 
 
 @app.command()
 def down(as_json: AsJson = False) -> None:
-    """Let the gateway finish what it answers, then stop it and vLLM.
+    """Let the gateway finish what it answers, then stop it and its engines.
 
     Example: ft serve down
     """
@@ -78,30 +85,16 @@ def down(as_json: AsJson = False) -> None:
         say("stopped" if stopped else "no server runs")
 
 
-@app.command()
-def status(as_json: AsJson = False) -> None:
-    """Show what is served, and the last swaps with the time of each part. Exit code 1 if no server runs.
-
-    Example: ft serve status
-    """
-    from cli.console import print_json, say
-    from registry.project import find_project
-    from registry.store import open_store
-    from serving.control import server_status
-
-    found = server_status(open_store(find_project()))
-    if as_json:
-        print_json(found.as_dict() if found else {"state": "not running"})
-    elif found:
-        _print_status(found)
-    else:
-        say("no server runs; `ft serve up` starts one")
-    if found is None:
-        raise typer.Exit(1)
+app.command()(status)
+app.command()(rules)
+app.command()(explain)
 
 
-def what_to_serve(project: Project, store: Store, what: str, say: Any) -> What:
-    """Base model, how to serve it, and where: of a recipe, of a model, or of the only one there is for ''."""
+app.command("plan")(plan)
+
+
+def what_to_serve(project: Project, store: Store, what: str, say: Any) -> ToServe:
+    """The engines of a serve recipe; one engine for a finetune recipe, a model, or the only one there is for ''."""
     if what.endswith((".yaml", ".yml")):
         return _of_recipe(project, Path(what), say)
     if what:
@@ -137,25 +130,43 @@ def _champions(store: Store) -> list[Version]:
     return [get_version(store, each["model"], each["version"]) for each in rows]
 
 
-def _of_version(version: Version) -> What:
+def _of_version(version: Version) -> ToServe:
     from registry.base_models import BaseModel
     from registry.cards import pick_card
     from registry.recipe import Serve
+    from serving.to_serve import only_engine
 
     recipe = version.body.get("recipe", {})
-    return BaseModel(**version.body["base"]), Serve(**recipe.get("serve", {})), pick_card(recipe.get("card", "auto"))
+    card = pick_card(recipe.get("card", "auto"))
+    return only_engine(BaseModel(**version.body["base"]), Serve(**recipe.get("serve", {})), card)
 
 
-def _of_recipe(project: Project, path: Path, say: Any) -> What:
+def _of_recipe(project: Project, path: Path, say: Any) -> ToServe:
+    from registry.recipe import Finetune
+    from registry.recipe_kinds import load_any
+
+    recipe = load_any(path)
+    return _of_finetune(project, recipe, say) if isinstance(recipe, Finetune) else _of_serve(project, recipe, say)
+
+
+def _of_finetune(project: Project, recipe: Finetune, say: Any) -> ToServe:
     from jobs.fetch_base import fetch_base
     from registry.base_models import parse_reference, refuse_use
     from registry.cards import pick_card
-    from registry.recipe import load_recipe
+    from serving.to_serve import only_engine
 
-    recipe = load_recipe(path)
     reference = parse_reference(recipe.base.model, project.root)
     refuse_use(recipe.use, reference.name, recipe.base.licence or "")
-    return fetch_base(project, recipe.base, say), recipe.serve, pick_card(recipe.card)
+    return only_engine(fetch_base(project, recipe.base, say), recipe.serve, pick_card(recipe.card))
+
+
+def _of_serve(project: Project, recipe: ServeRecipe, say: Any) -> ToServe:
+    """A base that is not in the cache yet is fetched, of an engine on demand too: nobody waits for a download then."""
+    from jobs.fetch_base import fetch_base
+    from serving.to_serve import ToServe
+
+    wanted = {name: each.base for name, each in recipe.engines.items() if each.base and (not each.url or each.adapters)}
+    return ToServe(recipe, {name: fetch_base(project, base, say) for name, base in wanted.items()})
 
 
 def _only_recipe(project: Project) -> Path:
@@ -167,23 +178,3 @@ def _only_recipe(project: Project) -> Path:
     there = ", ".join(path.name for path in found) or "none"
     raise WrongInput("no model has a champion, and there is not one recipe alone", place=f"recipes: {there}",
                      fix="say which: `ft serve up RECIPE`, or train one with `ft run RECIPE`")  # fmt: skip
-
-
-def _print_status(found: ServerStatus) -> None:
-    from cli.console import ago, say, table
-
-    say(f"{found.state}{': ' if found.reason else ''}{found.reason}")
-    say(f"gateway {found.gateway_url}/v1 (pid {found.pid}), base {found.base['source']} on card {found.card}")
-    if found.routes:
-        table(["model", "answers"], [[model, version] for model, version in found.routes.items()])
-    if found.loaded:
-        say(f"loaded: {', '.join(found.loaded)}")
-    for version, reason in found.refused.items():
-        say(f"refused {version}: {reason}")
-    rows = [[each["version"], ago(each["at"]), _parts(each["seconds"])] for each in found.swaps[-5:]]
-    if rows:
-        table(["swap to", "when", "seconds of each part"], rows)
-
-
-def _parts(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{part} {took:.2g}" for part, took in seconds.items())

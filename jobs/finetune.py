@@ -22,6 +22,7 @@ from jobs.evaluation.evaluate import EvalRequest, kept_scores
 from jobs.fetch_base import fetch_base
 from jobs.outages import through_outage
 from jobs.place import place, write_job
+from jobs.roll_out import behind_others, goes_by_steps, roll_out
 from jobs.runtime import card_queue
 from jobs.served import take_back, what_server_said
 from jobs.steps import BENCH, Bench, State, step
@@ -96,6 +97,10 @@ async def _judge_and_promote(run_id: str, plan: State, version: State) -> tuple[
         if verdict["outcome"] != "pass" or plan["promote"] == "manual":
             return verdict, None
         moved = await promote(run_id, verdict)
+        if "by_steps" in moved:
+            moved = await roll_out(run_id, verdict)
+        if "ended" in moved:
+            return {**verdict, "outcome": moved["ended"]}, None
         if "judge_again" not in moved:
             return verdict, moved
 
@@ -242,9 +247,12 @@ async def judge(bench: Bench, run_id: str, version: State, scores: State) -> Sta
 
 @step("promote")
 async def promote(bench: Bench, run_id: str, verdict: State) -> State:
-    """Move `champion`, if it still is the one that the verdict was made against."""
+    """Move `champion`, if it still is what the verdict was made against; `by_steps` if the recipe wants that."""
+    await behind_others(bench, run_id, verdict["model"])
     judged = adapters.last_verdict(bench.store, verdict["model"], verdict["version"])
     assert judged is not None
+    if goes_by_steps(bench, run_id, judged):
+        return {"by_steps": True}
     by, reason = verdict.get("by") or "ft", verdict.get("reason") or "the gate passed it"
     try:
         done = adapters.promote(bench.store, judged, by_whom=by, run_id=run_id, reason=reason)
@@ -274,12 +282,13 @@ async def wait_until_served(bench: Bench, run_id: str, moved: State) -> State:
         if answer:
             take_back(bench, run_id, moved, answer["data"])
         status = await asyncio.to_thread(server_status, bench.store)
-        if status is None or status.base["digest"] != base:
+        engine = status.engine_on(base) if status is not None else None
+        if engine is None or engine.is_off:
             runs.note_result(bench.store, run_id, served=None)
             return {"served": False}
-        if "card" in status.state:  # another run trains on it: that may take hours, and the swap comes after
+        if "card" in engine.state:  # another run trains on it: that may take hours, and the swap comes after
             deadline = time.monotonic() + SERVED_SECONDS
-        await bench.outside("engine" if status.state != "serving" else "swap", asyncio.sleep(WATCH_SECONDS))
+        await bench.outside("engine" if engine.state != "serving" else "swap", asyncio.sleep(WATCH_SECONDS))
     raise EngineError(f"{subject} was promoted, but is not served after {SERVED_SECONDS:.0f} s",
                       fix="look at `ft serve status`, then `ft resume` the run or `ft rollback`")  # fmt: skip
 

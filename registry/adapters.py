@@ -133,36 +133,40 @@ def add_verdict(
 ) -> Verdict:
     """Write down what the gate said. A run that says the same again (its step was repeated) has said it once."""
     with store.writing() as connection:
-        last = connection.execute(
-            "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
-        ).fetchone()
-        said = (run_id, outcome, dump(body))
-        if last and run_id and (last["run_id"], last["outcome"], last["body"]) == said:
-            return _verdict(dict(last))
-        done = connection.execute(
-            "INSERT INTO verdicts (model, version, outcome, body, run_id, created) VALUES (?,?,?,?,?,?) RETURNING id",
-            (model, version, outcome, dump(body), run_id, time.time()),
-        )
-        data = {"outcome": outcome, "verdict": done.fetchone()["id"]}
-        event = new_event("ft/gates", "adapter.judged", f"{model}@{version}", data, cause=by_run(run_id))
-        append_within(connection, event)
-    found = last_verdict(store, model, version)
-    assert found is not None
-    return found
+        return add_verdict_within(connection, model, version, outcome, body, run_id)
+
+
+def add_verdict_within(
+    connection: Connection, model: str, version: int, outcome: str, body: dict[str, Any], run_id: str | None
+) -> Verdict:
+    """The same in a transaction of the caller's."""
+    last = connection.execute(
+        "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
+    ).fetchone()
+    said = (run_id, outcome, dump(body))
+    if last and run_id and (last["run_id"], last["outcome"], last["body"]) == said:
+        return verdict_of(last)
+    row = connection.execute(
+        "INSERT INTO verdicts (model, version, outcome, body, run_id, created) VALUES (?,?,?,?,?,?) RETURNING *",
+        (model, version, outcome, dump(body), run_id, time.time()),
+    ).fetchone()
+    data = {"outcome": outcome, "verdict": row["id"]}
+    append_within(connection, new_event("ft/gates", "adapter.judged", f"{model}@{version}", data, cause=by_run(run_id)))
+    return verdict_of(row)
 
 
 def last_verdict(store: Store, model: str, version: int) -> Verdict | None:
     row = store.first(
         "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
     )
-    return _verdict(row) if row else None
+    return verdict_of(row) if row else None
 
 
 def last_verdict_within(connection: Connection, model: str, version: int) -> Verdict | None:
     row = connection.execute(
         "SELECT * FROM verdicts WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)
     ).fetchone()
-    return _verdict(dict(row)) if row else None
+    return verdict_of(row) if row else None
 
 
 def promote(
@@ -198,6 +202,14 @@ def promote_within(
     done = _promotion_of_run(connection, run_id)
     if done is not None:
         return done
+    champion = may_promote(connection, verdict, person=person)
+    move = Promotion(0, model, version, champion, "promote", run_id, verdict.id, by_whom, reason, time.time())
+    return _move(connection, move, cause or by_run(run_id))
+
+
+def may_promote(connection: Connection, verdict: Verdict, *, person: bool = False) -> int | None:
+    """The champion that the judged version may replace. Raises GateClosed and Conflict as `promote` does."""
+    model, version = verdict.model, verdict.version
     if verdict.outcome != "pass" and not person:
         raise GateClosed(f"{model}@{version} has no passing verdict ({verdict.outcome})", fix=_judge_again(verdict))
     row = connection.execute(
@@ -215,8 +227,8 @@ def promote_within(
             f"and the champion is {_named(champion)} now",
             fix=_judge_again(verdict),
         )
-    move = Promotion(0, model, version, champion, "promote", run_id, verdict.id, by_whom, reason, time.time())
-    return _move(connection, move, cause or by_run(run_id))
+    _refuse_during_rollout(connection, model)
+    return champion
 
 
 def roll_back(
@@ -249,6 +261,7 @@ def roll_back_within(
         )
     if target == champion:
         raise Conflict(f"{model}@{target} is the champion already")
+    _refuse_during_rollout(connection, model)
     row = connection.execute("SELECT pruned FROM versions WHERE model = ? AND version = ?", (model, target)).fetchone()
     if row is None:
         raise NotFound(f"no version {model}@{target}", fix=f"`ft models {model}` lists them")
@@ -256,6 +269,13 @@ def roll_back_within(
     connection.execute("UPDATE versions SET rolled_back = 1 WHERE model = ? AND version = ?", (model, champion))
     move = Promotion(0, model, target, champion, "rollback", None, None, by_whom, reason, time.time())
     return _move(connection, move, cause)
+
+
+def base_of(connection: Connection, model: str, version: int) -> str | None:
+    """Digest of the base model that a version is on."""
+    row = connection.execute("SELECT body FROM versions WHERE model = ? AND version = ?", (model, version)).fetchone()
+    digest = json.loads(row["body"]).get("base_digest") or json.loads(row["body"]).get("base", {}).get("digest")
+    return None if digest is None else str(digest)
 
 
 def promotions(store: Store, model: str = "") -> list[Promotion]:
@@ -272,7 +292,7 @@ def unprojected_aliases(store: Store) -> list[tuple[str, str, int]]:
 def unprojected_verdicts(store: Store, model: str = "") -> list[Verdict]:
     """Verdicts that MLflow has not been told of yet, the oldest first."""
     rows = store.read("SELECT * FROM verdicts WHERE ? IN ('', model) AND projected = 0 ORDER BY id", (model,))
-    return [_verdict(row) for row in rows]
+    return [verdict_of(row) for row in rows]
 
 
 def mark_verdict_projected(store: Store, verdict: int) -> None:
@@ -297,6 +317,14 @@ def _move(connection: Connection, move: Promotion, cause: str | None) -> Promoti
                       cause=cause)  # fmt: skip
     append_within(connection, event)
     return replace(move, id=number)
+
+
+def _refuse_during_rollout(connection: Connection, model: str) -> None:
+    """While a version is on its way by steps, its rollout alone moves `champion`."""
+    row = connection.execute("SELECT version FROM rollouts WHERE model = ? AND state = 'running'", (model,)).fetchone()
+    if row is not None:
+        raise Conflict(f"a rollout of {model}@{row['version']} is under way",
+                       fix=f"`ft rollout {model}` shows it; `ft rollout cancel {model}` ends it")  # fmt: skip
 
 
 def _promotion_of_run(connection: Connection, run_id: str | None) -> Promotion | None:
@@ -325,8 +353,9 @@ def _named(version: object) -> str:
     return "none" if version is None else f"version {version}"
 
 
-def _verdict(row: dict[str, Any]) -> Verdict:
-    known = {name: value for name, value in row.items() if name != "projected"}
+def verdict_of(row: Any) -> Verdict:
+    """Of a row of `verdicts`."""
+    known = {name: value for name, value in dict(row).items() if name != "projected"}
     return Verdict(**{**known, "body": json.loads(row["body"])})
 
 

@@ -20,6 +20,9 @@ TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"
 OPTIONAL_WHOLE, OPTIONAL_TEXT = {"type": ["integer", "null"]}, {"type": ["string", "null"]}
 FAILURE = {"error": TEXT, "what": TEXT, "place": TEXT, "fix": TEXT}
 
+OBJECTIVE = {
+    "objective": TEXT, "value": {"type": ["number", "null"]}, "limit": NUMBER, "window": NUMBER, "requests": WHOLE,
+}  # fmt: skip
 ANSWER = {"version": TEXT, "verdict": WHOLE, "by": TEXT, "reason": TEXT}
 
 
@@ -139,6 +142,30 @@ TYPES: dict[str, EventType] = {
         "the gateway's public name leads to the version", "model@N", {"at": NUMBER},
         {"version": TEXT, "from": OPTIONAL_TEXT, "route": TEXT, "seconds": {"type": "object"},
          "parity": {"type": "object"}, "since_promotion": NUMBER},
+    ),
+    "serving.objective_broken": EventType("a route no longer keeps what its objective promises", "route", OBJECTIVE),
+    "serving.objective_met": EventType(
+        "a route keeps a broken objective again (`value`: null where nobody asked any more)", "route", OBJECTIVE
+    ),
+    "rollout.started": EventType(
+        "a version answers a part of the callers, beside the champion", "model@N",
+        {"from": WHOLE, "percent": NUMBER, "steps": WHOLE, "by": TEXT},
+    ),
+    "rollout.advanced": EventType(
+        "a step has held, and the next has begun", "model@N", {"percent": NUMBER, "by": TEXT, "reason": TEXT}
+    ),
+    "rollout.held": EventType(
+        "a step's time is over, and it cannot go on yet", "model@N", {"percent": NUMBER, "reason": TEXT}
+    ),
+    "rollout.rolled_back": EventType(
+        "the version was worse, and the champion answers everybody again", "model@N",
+        {"percent": NUMBER, "reason": TEXT, "numbers": {"type": "object"}},
+    ),
+    "rollout.finished": EventType(
+        "the last step has held; `champion` moves", "model@N", {"from": WHOLE, "by": TEXT, "reason": TEXT}
+    ),
+    "rollout.cancelled": EventType(
+        "somebody ended it; the champion answers everybody again", "model@N", {"by": TEXT, "reason": TEXT}
     ),
     "store.pruned": EventType(
         "what had had its time was deleted", "none", {"by": TEXT, "bytes": WHOLE, "counts": {"type": "object"}}

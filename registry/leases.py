@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import uuid
+
+# What a watcher waits beyond a lease's end, for clocks that do not run alike.
+MARGIN_SECONDS = 2.0
+# Of its term, after how much a lease is renewed.
+RENEWED_AFTER = 0.2
 
 
 def new_lease() -> str:
     """Names this process, and this one lease of it."""
     return f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+
+
+def clock() -> float:
+    """Seconds by which leases are judged, each host by its own; they go on while a machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def is_gone(lease: str) -> bool:

@@ -167,6 +167,35 @@ MIGRATIONS = [
     """
     CREATE TABLE leading_folder (one INTEGER PRIMARY KEY, folder TEXT NOT NULL, since REAL NOT NULL);
     """,
+    # Who may ask the gateway (registry/api_keys.py).
+    """
+    CREATE TABLE api_keys (
+        name TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE, routes TEXT, rate REAL, burst INTEGER NOT NULL,
+        created REAL NOT NULL, by_whom TEXT NOT NULL, revoked REAL);
+    """,
+    # Several gateways: which server leads (its epoch fences what it publishes), what it publishes, who follows how far.
+    """
+    CREATE TABLE serving_lead (
+        one INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, lease TEXT NOT NULL, host TEXT NOT NULL, beat INTEGER NOT NULL,
+        term REAL NOT NULL, since REAL NOT NULL, released INTEGER NOT NULL DEFAULT 0);
+    CREATE TABLE served_routes (
+        one INTEGER PRIMARY KEY, generation INTEGER NOT NULL, epoch INTEGER NOT NULL, published REAL NOT NULL,
+        body TEXT NOT NULL);
+    CREATE TABLE gateways (
+        id TEXT PRIMARY KEY, host TEXT NOT NULL, url TEXT NOT NULL, started REAL NOT NULL, beat INTEGER NOT NULL,
+        term REAL NOT NULL, seen REAL NOT NULL, acknowledged INTEGER NOT NULL, in_flight TEXT NOT NULL,
+        wanted TEXT NOT NULL, used TEXT NOT NULL);
+    """,
+    # Canaries (registry/rollouts.py); of a model one at a time.
+    """
+    CREATE TABLE rollouts (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, version INTEGER NOT NULL,
+        from_version INTEGER NOT NULL, verdict INTEGER NOT NULL, terms TEXT NOT NULL, step INTEGER NOT NULL,
+        step_since REAL NOT NULL, held REAL NOT NULL DEFAULT 0, ticked REAL, counts TEXT NOT NULL DEFAULT '{}',
+        state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', by_whom TEXT NOT NULL, person INTEGER NOT NULL DEFAULT 0,
+        run_id TEXT UNIQUE, created REAL NOT NULL, ended REAL);
+    CREATE UNIQUE INDEX rollouts_running ON rollouts (model) WHERE state = 'running';
+    """,
 ]
 
 

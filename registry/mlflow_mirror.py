@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from registry import adapters
+from registry.alias_requests import mark_refusal_told, untold_refusals
 from registry.alias_telling import abandon_telling, begin_telling, end_telling
 from registry.errors import FtError, TrackerError, from_dict
 from registry.mlflow_store import Tracker, tracker_for
@@ -32,6 +33,11 @@ def mirror(store: Store, tracker: Tracker, model: str) -> int:
     """Tell MLflow what it does not know yet of the model; how many facts. Raises TrackerError; the rest stays."""
     moved = [alias for name, alias, _ in adapters.unprojected_aliases(store) if name == model]
     told = sum(tell_alias(store, tracker, model, alias) for alias in moved)
+    for refusal in untold_refusals(store, model):
+        if refusal.version is not None:
+            tracker.tag_refused(model, refusal.version, refusal.reason)
+        mark_refusal_told(store, refusal)
+        told += 1
     judged = adapters.unprojected_verdicts(store, model)
     for verdict in judged:
         tracker.tag_verdict(model, verdict.version, verdict.outcome, verdict.body)

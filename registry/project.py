@@ -14,6 +14,7 @@ from pathlib import Path
 
 from registry.errors import NotFound, WrongInput
 
+FROM_DOTENV = "FT_FROM_DOTENV"
 ON = re.compile(r"""^["']?on["']?\s*:""", re.MULTILINE)
 
 
@@ -130,12 +131,31 @@ def _expanded(variable: str, path: str) -> Path:
 
 
 def load_dotenv(start: Path) -> None:
-    """Put the nearest `.env` above `start` into the environment; what is set already wins."""
-    for folder in [start, *start.parents]:
-        if (folder / ".env").is_file():
-            for key, value in _pairs(_text(folder / ".env")):
-                os.environ.setdefault(key, value)
-            return
+    """Put the nearest `.env` above `start` into the environment; what is set already wins.
+
+    FROM_DOTENV names what came from there: programs that we start inherit both, and `serving/env_file.py` reads the
+    file again when it changes, which must not lose against what an older one of it has said.
+    """
+    if file := dotenv_file(start):
+        new = {key: value for key, value in dotenv_pairs(file).items() if key not in os.environ}
+        os.environ.update(new)
+        os.environ[FROM_DOTENV] = ",".join(sorted({*from_dotenv(), *new}))
+
+
+def dotenv_file(start: Path) -> Path | None:
+    """The nearest `.env` above `start`."""
+    return next((each / ".env" for each in [start, *start.parents] if (each / ".env").is_file()), None)
+
+
+def dotenv_pairs(file: Path) -> dict[str, str]:
+    """What it sets. Raises WrongInput if it is no text."""
+    # Of a name that is there twice the first line has always counted.
+    return dict(reversed(list(_pairs(_text(file)))))
+
+
+def from_dotenv() -> set[str]:
+    """Variables of this process that a `.env` has set, and nobody else."""
+    return set(filter(None, os.environ.get(FROM_DOTENV, "").split(",")))
 
 
 def _text(file: Path) -> str:

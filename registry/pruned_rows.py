@@ -143,8 +143,9 @@ def give_up_adapter(store: Store, name: str) -> bool:
         done = connection.execute(
             "UPDATE versions SET pruned = ? WHERE model = ? AND version = ? AND pruned IS NULL "
             "AND NOT EXISTS (SELECT 1 FROM aliases WHERE model = ? AND version = ?) "
-            "AND NOT EXISTS (SELECT 1 FROM promotions WHERE model = ? AND version = ?)",
-            (time.time(), *values, *values, *values),
+            "AND NOT EXISTS (SELECT 1 FROM promotions WHERE model = ? AND version = ?) "
+            "AND NOT EXISTS (SELECT 1 FROM rollouts WHERE model = ? AND version = ? AND state = 'running')",
+            (time.time(), *values, *values, *values, *values),
         )
         return done.rowcount == 1
 

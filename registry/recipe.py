@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from registry.cloud_terms import CloudTerms, Escalation, RunBudget
 from registry.errors import RecipeError
 from registry.recipe_file import read_recipe
 from registry.recipe_part import VARIABLE, Part, Text
+from registry.rollout_terms import Rollout
 from registry.run_control import ApprovalTerms, Retries, Timeouts
 from registry.triggers import Triggers
 
@@ -180,6 +182,7 @@ class Finetune(Part):
         "auto", description="approve: wait for `ft approve` after the verdict; manual: stop there, `ft promote` does it"
     )
     approval: ApprovalTerms = ApprovalTerms()
+    rollout: Rollout | None = Field(None, description="Reach callers step by step; without it all at once")
     retries: Retries = Retries()
     timeouts: Timeouts = Timeouts()
     serve: Serve = Serve()
@@ -223,13 +226,13 @@ def digest(recipe: Part) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def expand(text: str | None, place: str) -> str | None:
+def expand(text: str | None, place: str, values: Mapping[str, str] = os.environ) -> str | None:
     """Put the environment's values for `${VAR}`; None if the variable of an optional field is not set."""
     if text is None:
         return None
-    missing = [name for name in VARIABLE.findall(text) if name not in os.environ]
+    missing = [name for name in VARIABLE.findall(text) if name not in values]
     if missing == [text[2:-1]]:
         return None
     if missing:
         raise RecipeError(f"not set: {', '.join(missing)}", place=place, fix="set it in the environment or in .env")
-    return VARIABLE.sub(lambda found: os.environ[found[1]], text)
+    return VARIABLE.sub(lambda found: values[found[1]], text)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from registry.answer_schema import compiled
 from registry.durations import Duration, Span
+from registry.objectives import Objectives
+from registry.project import Project, recipe_files, text_of
 from registry.recipe import NAME, Base
 from registry.recipe_file import read_recipe
 from registry.recipe_part import Part, Text
+from registry.request_log_terms import RequestLog
 
 Name = Annotated[str, Field(pattern=NAME)]
 ANY_NAME = "auto"
@@ -92,10 +99,12 @@ class Target(Part):
 class Limits(Part):
     """What a caller may ask for. Beyond it: 400, 413 or 429, before anything is sent to an engine."""
 
-    max_tokens: int = Field(4096, ge=1, description="Largest max_tokens; also what is set where a request has none")
-    n: int = Field(1, ge=1, le=128, description="Answers to one request")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Largest max_tokens, also set where a request has none; the engine's context otherwise"
+    )
+    n: int = Field(8, ge=1, le=128, description="Answers to one request")
     body_mb: float = Field(8.0, gt=0, le=64)
-    media: bool = Field(False, description="Take requests with addresses of images or sound")
+    media: bool = Field(False, description="Take images and sound, as data: URLs; addresses are never fetched")
     concurrent: int = Field(64, ge=1, description="Requests under way at once; more wait")
     queue: int = Field(128, ge=0, description="Requests that wait; more are told to come again (429)")
     wait: Duration = Field("20s", description="How long one waits at most")
@@ -108,6 +117,11 @@ class StructuredAnswer(Part):
 
     schema_: dict[str, Any] = Field(alias="schema", description="JSON schema (draft 2020-12)")
     repair: bool = Field(True, description="Ask once more, with the fault named, when an answer does not fit")
+
+    @model_validator(mode="after")
+    def _can_be_compiled(self) -> StructuredAnswer:
+        compiled(self.schema_)
+        return self
 
 
 class RouteTerms(Part):
@@ -125,6 +139,7 @@ class RouteTerms(Part):
     unjudged: bool = Field(False, description="Also a version without a passing verdict may answer here")
     answer: StructuredAnswer | None = Field(None, description="Hold answers to a JSON schema")
     limits: Limits = Limits()
+    objectives: Objectives | None = Field(None, description="What the route promises (docs/monitoring.md)")
 
     @model_validator(mode="after")
     def _stays_local(self) -> RouteTerms:
@@ -179,6 +194,7 @@ class ServeRecipe(Part):
         "optional", description="optional: without any key in the store, loopback may ask without one"
     )
     limits: Limits = Field(Limits(), description="Of registered models that have no route of their own")
+    log: RequestLog = Field(RequestLog(), description="Log of requests; off otherwise (docs/monitoring.md)")
 
     @model_validator(mode="after")
     def _leads_to_what_is_there(self) -> ServeRecipe:
@@ -205,8 +221,26 @@ def is_local(engine: EngineTerms) -> bool:
     """Does what is sent to it stay on machines of ours?"""
     if engine.local is not None or engine.url is None:
         return engine.local is not False
-    host = engine.url.partition("://")[2].partition("/")[0].rpartition("@")[2]
-    return host.startswith(("127.", "localhost", "[::1]"))
+    return is_loopback(engine.url)
+
+
+def is_loopback(url: str) -> bool:
+    """Does the address lead to this machine alone? A name that only begins like one of those does not."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def unjudged_models(project: Project) -> set[str]:
+    """Models of which a route of a serve recipe of the project takes versions that no gate has passed."""
+    files = [file for file in recipe_files(project) if re.search("^kind: *serve", text_of(file), re.MULTILINE)]
+    return {model for file in files for model in unjudged_in(load_serve_recipe(file))}
+
+
+def unjudged_in(recipe: ServeRecipe) -> frozenset[str]:
+    return frozenset(route.model for route in recipe.routes.values() if route.unjudged and route.model)
 
 
 def load_serve_recipe(path: Path) -> ServeRecipe:

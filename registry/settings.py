@@ -31,7 +31,15 @@ class Settings(BaseSettings):
 
     gateway_host: str = Field("127.0.0.1", description="Where the gateway listens")
     gateway_port: int = Field(8100, ge=0, le=65535, description="The gateway's port; 0: any free one")
-    engine_port: int = Field(0, ge=0, le=65535, description="vLLM's port on loopback; 0: any free one")
+    engine_port: int = Field(
+        0, ge=0, le=65535, description="vLLM's port on loopback, of several the first one's; 0: any"
+    )
+    # Not every address at once: gateways are told this one.
+    engine_host: str = Field(
+        "127.0.0.1", pattern="[1-9A-Za-z]", description="Address at which our vLLMs listen (docs/gateways.md)"
+    )
+    engine_key: str = Field("", description="Key of our vLLMs, for gateways on other hosts; a random one otherwise")
+    lease_seconds: float = Field(10, ge=1, description="A gateway cut off from the database answers for so long")
     engine_start_seconds: float = Field(600, gt=0, description="How long vLLM may take to answer after its start")
     drain_seconds: float = Field(120, gt=0, description="How long a stopping or replaced version may go on answering")
     worker_idle_seconds: float = Field(30, ge=0, description="A worker without work ends after so long")

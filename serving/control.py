@@ -14,16 +14,26 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from registry.base_models import BaseModel
-from registry.cards import Card, CardLock, marker, refuse_serving, try_lock
+from registry.cards import Card, CardLock, marker, pick_card, try_lock
 from registry.errors import Conflict, EngineError, from_dict
 from registry.project import Project
 from registry.recipe import Serve
 from registry.settings import Settings
 from registry.store import Store
 from serving.engine import Engine
+from serving.engine_plan import planned_alone
 from serving.reconciler import rank_needed
-from serving.server_keys import read_keys
-from serving.server_record import ERROR_LINE, ServerStatus, is_gone, last_words, server_status
+from serving.server_keys import engine_keys
+from serving.server_record import (
+    ERROR_LINE,
+    WITHOUT_CARD,
+    EngineStatus,
+    ServerStatus,
+    is_gone,
+    last_words,
+    server_status,
+)
+from serving.to_serve import IMPLIED, ToServe, refuse_cards
 from serving.vllm_env import ensure_vllm
 from serving.vllm_process import EngineConfig, engine_rank, start_vllm
 
@@ -40,34 +50,50 @@ def start_server(
     project: Project,
     store: Store,
     settings: Settings,
-    base: BaseModel,
-    serve: Serve,
-    card: Card,
+    what: ToServe,
     say: Callable[[str], None] = lambda _: None,
 ) -> ServerStatus:
-    """Make sure that a server for `base` runs, and wait until it answers (or waits for its card).
+    """Make sure that a server with these engines runs, and wait until it answers (or waits for its card).
 
-    Raises Conflict if one for another base runs, WrongInput for a card that is not for serving; Trouble (a port in
-    use), EngineError, MissingPart if it ends.
+    Raises Conflict if one with other engines runs, WrongInput for a card that is not for serving; Trouble (a port in
+    use), EngineError, MissingPart, DoesNotFit if it ends.
     """
-    refuse_serving(card, settings.cards)
+    refuse_cards(settings, what)
     running = server_status(store)
     if running is None:
-        ensure_vllm(project, settings, card, say)
-        started = _spawn(project, base, serve, card)
+        ensure_engines(project, settings, what, say)
+        started = _spawn(project, what)
         return _until_ready(project, store, settings, started, say)
-    if running.base["digest"] != base.digest:
-        raise Conflict(f"the server that runs is for {running.base['source']}, not {base.source}",
-                       place=running.gateway_url, fix="`ft serve down` stops it")  # fmt: skip
+    _refuse_another(running, what)
     return _until_ready(project, store, settings, None, say)
 
 
-def server_command(project: Project, base: BaseModel, serve: Serve, card: Card) -> list[str]:
+def ensure_engines(project: Project, settings: Settings, what: ToServe, say: Callable[[str], None]) -> None:
+    """Make vLLM's environment for each card where it is not there yet. Raises MissingPart."""
+    for card in {card.is_cpu: card for card in (pick_card(each.card) for each in what.own().values())}.values():
+        ensure_vllm(project, settings, card, say)
+
+
+def server_command(project: Project, what: ToServe) -> list[str]:
     """The server's command line, for whoever starts it."""
-    return [
-        sys.executable, "-m", "serving.server", "--project", str(project.root), "--base", base.folder,
-        "--serve", serve.model_dump_json(), "--card", card.name,
-    ]  # fmt: skip
+    folders = json.dumps({name: base.folder for name, base in what.bases.items()})
+    recipe = what.recipe.model_dump_json(by_alias=True)
+    return [sys.executable, "-m", "serving.server", "--project", str(project.root), "--recipe", recipe,
+            "--bases", folders]  # fmt: skip
+
+
+def _refuse_another(running: ServerStatus, what: ToServe) -> None:
+    here = {each.base["digest"] for each in running.all_engines()}
+    if what.recipe.name == IMPLIED:  # `ft serve up MODEL`: any server that has an engine for it will do
+        missing = [each.source for each in what.bases.values() if each.digest not in here]
+        other = f"is for {', '.join(each.base['source'] for each in running.all_engines())}, not {missing[0]}"
+        if not missing:
+            return
+    elif running.recipe == what.recipe.model_dump(mode="json", by_alias=True):
+        return
+    else:
+        other = f"was started with another recipe ({running.recipe.get('name') or 'an older one'})"
+    raise Conflict(f"the server that runs {other}", place=running.gateway_url, fix="`ft serve down` stops it")
 
 
 def stop_server(store: Store, settings: Settings, say: Callable[[str], None] = lambda _: None) -> bool:
@@ -123,11 +149,11 @@ async def engine_for(
                     return
 
 
-def _server_for(store: Store, need: EngineConfig, aliased: int) -> ServerStatus | None:
-    """The server whose engine is what is needed, or soon will be: it grows to the rank that aliases need."""
+def _server_for(store: Store, need: EngineConfig, aliased: int) -> EngineStatus | None:
+    """The server's engine that is what is needed, or soon will be: it grows to the rank that aliases need."""
     status = server_status(store)
-    fits = status is not None and status.serves(need) and need.max_rank <= max(status.max_rank, aliased)
-    return status if fits else None
+    engine = status.engine_for(need) if status is not None else None
+    return engine if engine is not None and need.max_rank <= max(engine.max_rank, aliased) else None
 
 
 @asynccontextmanager
@@ -135,7 +161,8 @@ async def _own_engine(
     project: Project, settings: Settings, need: EngineConfig, lock: CardLock
 ) -> AsyncIterator[Engine]:
     try:
-        vllm = await start_vllm(project, settings, need, lock)
+        config = await asyncio.to_thread(planned_alone, project, settings, need)
+        vllm = await start_vllm(project, settings, config, lock)
         try:
             yield vllm.engine
         finally:
@@ -156,15 +183,15 @@ async def _engine_of_server(
         status = await asyncio.to_thread(_server_for, store, need, aliased)
         if status is None:
             return None
-        if status.state in ("waiting for the card", "card given to training"):
+        if status.state in WITHOUT_CARD:
             patience = time.monotonic() + settings.engine_start_seconds + CARD_SECONDS
         if time.monotonic() > patience:
             raise EngineError(f"the server's engine does not come up: {status.state}: {status.reason}",
                               place=str(_log(project)), fix="`ft serve down`, then `ft serve up`")  # fmt: skip
         if status.state == "serving" and status.max_rank >= need.max_rank:
-            keys = await asyncio.to_thread(read_keys, project)
-            if "engine_url" in keys:
-                engine = Engine(keys["engine_url"], keys["engine_key"])
+            keys = await asyncio.to_thread(engine_keys, project, status.name)
+            if keys is not None:
+                engine = Engine(*keys)
                 if await engine.healthy():
                     return engine
                 await engine.close()
@@ -182,12 +209,12 @@ async def _lock_card(project: Project, store: Store, need: EngineConfig, aliased
             return None
 
 
-def _spawn(project: Project, base: BaseModel, serve: Serve, card: Card) -> subprocess.Popen[bytes]:
+def _spawn(project: Project, what: ToServe) -> subprocess.Popen[bytes]:
     project.logs.mkdir(parents=True, exist_ok=True)
     here = {**os.environ, "FT_HOME": str(project.home), "FT_CACHE": str(project.cache)}
     with _log(project).open("wb") as output:
         started = subprocess.Popen(
-            server_command(project, base, serve, card),
+            server_command(project, what),
             env=here,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,18 +26,18 @@ from serving.http_messages import (
     Scope,
     Send,
     read_body,
+    rinse,
     send_json,
     send_refusal,
 )
 from serving.inbox import Inbox
 from serving.listening import is_loopback
+from serving.posted_json import read_object
 from serving.refusals import Refusals
 
 # Where to post, and how a refusal there is called in the log.
 DOORS = {"/v1/events": "events", "/v1/feedback": "events", "/hooks/github": "github", "/hooks/mlflow": "mlflow"}
 HEALTH = "/healthz"
-# Of what is too long the rest is read and thrown away for so long: who still sends would not hear the answer.
-RINSE_SECONDS = 5.0
 
 Given = Mapping[bytes, bytes]
 Answer = dict[str, Any]
@@ -59,7 +59,7 @@ class Receiver:
             await send_json(send, 200, await self._answer(scope, receive), [])
         except Refusal as refusal:
             self._note(scope, refusal)
-            await send_refusal(send, refusal, [], rinse=lambda: _rinse(receive))
+            await send_refusal(send, refusal, [], lambda: rinse(receive))
         except ClientGone:
             pass
 
@@ -72,8 +72,8 @@ class Receiver:
         path, method, given = scope["path"], scope["method"], _first_of_each(scope)
         if path not in DOORS and path != HEALTH:
             raise Refusal(404, f"nothing answers at {path[:200]}", "not_found")
-        if method != ("GET" if path == HEALTH else "POST"):
-            raise Refusal(405, f"{path} takes {'GET' if path == HEALTH else 'POST'}", "method_not_allowed")
+        if method != (takes := "GET" if path == HEALTH else "POST"):
+            raise Refusal(405, f"{path} takes {takes}", "method_not_allowed", allow=takes)
         if path == HEALTH:
             return {"status": "ok", "store": "failing" if self._inbox.failure else "ok"}
         self._let_in(path, given)
@@ -104,7 +104,7 @@ class Receiver:
             not_kept = {"not_kept": list(posted.not_kept)} if posted.not_kept else {}
             return {**await self._append(posted.events), **not_kept}
         if path == "/v1/feedback":
-            return await self._append([_checked(read_feedback(given, body))])
+            return await self._append([_checked(read_feedback(given, read_object(body)))])
         if path == "/hooks/mlflow":
             mlflow_hooks.check_signature(self._settings.mlflow_webhook_secret, given, body, time.time())
             return await self._append([_checked(mlflow_hooks.read_delivery(given, body))])
@@ -152,10 +152,3 @@ def _first_of_each(scope: Scope) -> dict[bytes, bytes]:
 def _is_local(host: bytes) -> bool:
     name = host.decode("latin-1")
     return is_loopback(name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0])
-
-
-async def _rinse(receive: Callable[[], Any]) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(RINSE_SECONDS):
-            while (await receive()).get("more_body"):
-                pass

@@ -6,7 +6,6 @@ A caller's key never goes there and ours never comes back: the session carries i
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import aiohttp
 from registry.endpoints import Deployed, deployed
 from registry.settings import Settings
 from registry.store import Store
+from serving.aside import aside
 from serving.engine import TIMEOUT
 from serving.http_messages import Refusal
 from serving.routes import Route, Upstream
@@ -28,6 +28,8 @@ OURS = {401: "ft's RunPod key", 403: "ft's RunPod key", 402: "the RunPod account
 
 class EndpointUpstream:
     """One endpoint. Made inside a running event loop; close it."""
+
+    local = False
 
     def __init__(self, url: str, key: str) -> None:
         self.url, self._health = f"{url}/openai", f"{url}/health"
@@ -59,7 +61,7 @@ class EndpointRoutes:
 
     async def look(self, store: Store) -> dict[str, Route]:
         """Model names and `model@N`. Upstreams stay the same from look to look, so equal routes are equal."""
-        found = [each for each in await asyncio.to_thread(deployed, store) if each.is_on] if self._key else []
+        found = [each for each in await aside(deployed, store) if each.is_on] if self._key else []
         for gone in self._upstreams.keys() - {each.id for each in found}:
             await self._upstreams.pop(gone).close()
         for each in found:

@@ -41,14 +41,17 @@ class Reply:
 class Engine:
     """Made inside a running event loop; `close` it, or use it as an async context manager."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self.url = url
+    def __init__(self, url: str, key: str, *, local: bool = True) -> None:
+        """`local`: does it run on a machine of ours?"""
+        self.url, self.local = url, local
         self.key = key
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
             timeout=TIMEOUT,
             headers={"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"},
         )
+        # Is its base held in 4 bits? Then it does not say what was heard in bf16.
+        self.in_4_bits = False
 
     async def __aenter__(self) -> Engine:
         return self
@@ -98,6 +101,18 @@ class Engine:
         status, text = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         if status not in (200, 404):
             raise EngineError(f"vLLM did not unload {name} ({status}): {text[:500]}", place=self.url)
+
+    async def sleep(self) -> None:
+        """Free the card but for a small rest, when what is under way has been answered. Needs vLLM's sleep mode."""
+        await self._posted("/sleep?level=1&mode=wait")
+
+    async def wake(self) -> None:
+        await self._posted("/wake_up")
+
+    async def _posted(self, path: str) -> None:
+        status, text = await self._call("POST", path, None)
+        if status != 200:
+            raise EngineError(f"vLLM answered {status} to {path}: {text[:500]}", place=self.url)
 
     async def chat(self, name: str, messages: list[Message], **options: Any) -> Reply:
         """One answer; `options` are fields of OpenAI's chat completions (max_tokens, temperature, ...)."""

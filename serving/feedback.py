@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from registry.event_types import MAX_TEXT
+from registry.errors import WrongInput
+from registry.event_types import MAX_TEXT, check_event
 from registry.events import Event, new_event
 from serving.cloudevents import JSON, media_type
 from serving.http_messages import Refusal
-from serving.posted_json import read_object
 
 SOURCE = "ft/feedback"
 Short = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -36,15 +36,35 @@ class Feedback(BaseModel):
         return self
 
 
-def read_feedback(headers: Mapping[bytes, bytes], body: bytes) -> Event:
-    """Raises Refusal (400, 415) with everything that is wrong."""
+def read_feedback(
+    headers: Mapping[bytes, bytes], given: dict[str, Any], adapter_of: Callable[[str], str | None] = lambda _: None
+) -> Event:
+    """Raises Refusal (400, 404, 415) with everything that is wrong. `adapter_of` a request, where that is known."""
     # Any web page may post a form or plain text to loopback; for JSON its browser asks first, and is told no.
     if media_type(headers) != JSON:
         raise Refusal(415, f"content-type must be {JSON}", "unsupported_media_type")
+    if "adapter" not in given and isinstance(given.get("request"), str):
+        given = {**given, "adapter": _adapter(given["request"], adapter_of)}
     try:
-        found = Feedback(**read_object(body))
+        found = Feedback(**given)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in error.errors()[:20]]
         raise Refusal(400, "\n".join(wrong), "invalid_event") from None
     data = found.model_dump(exclude_none=True, exclude={"adapter", "id"})
-    return new_event(SOURCE, "feedback.received", found.adapter, data, key=found.id or "")
+    event = new_event(SOURCE, "feedback.received", found.adapter, data, key=found.id or "")
+    try:
+        check_event(event)
+    except WrongInput as error:
+        raise Refusal(400, str(error), "invalid_event") from None
+    return event
+
+
+def _adapter(request: str, adapter_of: Callable[[str], str | None]) -> str:
+    found = adapter_of(request)
+    if found is None:
+        what = f"no answer {request[:64]!r} is remembered here: send `adapter` too, the answer's header x-ft-adapter"
+        raise Refusal(404, what, "unknown_request", param="request")
+    if "@" not in found:
+        what = f"that answer came from {found[:100]}: feedback is taken on versions of registered models (model@N)"
+        raise Refusal(400, what, "invalid_event", param="request")
+    return found

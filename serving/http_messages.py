@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -16,8 +17,9 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 Rinse = Callable[[], Awaitable[None]]
 
-MAX_BODY = 8 << 20
 BODY_SECONDS = 30.0
+# Of what is too long the rest is read and thrown away for so long: who still sends would not hear the answer.
+RINSE_SECONDS = 5.0
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -32,10 +34,13 @@ class Refusal(Exception):
         *,
         retry_after: int | None = None,
         param: str | None = None,
+        allow: str | None = None,
     ):
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
-        self.retry_after, self.param = retry_after, param
+        self.retry_after, self.param, self.allow = retry_after, param, allow
+        # The engine on demand that it is about, if it is about one.
+        self.engine = ""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -48,36 +53,31 @@ class ClientGone(Exception):
 
 
 def header(scope: Scope, name: bytes) -> bytes:
-    return next((value for key, value in scope["headers"] if key == name), b"")
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
 
 
 def request_id(scope: Scope) -> bytes:
     """The caller's own, if it is a plain one; else a new one."""
     given = header(scope, b"x-request-id")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    return given if REQUEST_ID.fullmatch(given) else b"%032x" % random.getrandbits(128)
 
 
-async def read_request(scope: Scope, receive: Receive) -> dict[str, Any]:
-    """The body as a JSON object with a `model`. Raises Refusal (400, 408, 413) and ClientGone."""
-    body = await read_body(scope, receive, MAX_BODY)
+async def read_body(
+    scope: Scope,
+    receive: Receive,
+    limit: int,
+    grow: Callable[[int], None] = lambda _: None,
+    seconds: float = BODY_SECONDS,
+) -> bytes:
+    """The body, of at most `limit` bytes; `grow` hears of each part. Raises Refusal (408, 413) and ClientGone."""
     try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}", "invalid_json") from None
-    if not isinstance(request, dict):
-        raise Refusal(400, "the body must be a JSON object", "invalid_json")
-    if not isinstance(request.get("model"), str):
-        raise Refusal(400, "`model` must be a name; GET /v1/models lists them", "invalid_model", param="model")
-    return request
-
-
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The body, of at most `limit` bytes. Raises Refusal (408, 413) and ClientGone."""
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await _read_parts(scope, receive, limit)
+        async with asyncio.timeout(seconds):
+            return await _read_parts(scope, receive, limit, grow)
     except TimeoutError:
-        raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", "request_timeout") from None
+        raise Refusal(408, f"the body did not arrive within {seconds:.0f} s", "request_timeout") from None
 
 
 async def send_json(
@@ -93,15 +93,24 @@ async def send_json(
     await send({"type": "http.response.body", "body": raw})
 
 
-async def send_refusal(send: Send, refusal: Refusal, headers: Headers, rinse: Rinse | None = None) -> None:
-    """`rinse` takes in what is left of a body that is too long, while its sender may read the answer."""
+async def send_refusal(send: Send, refusal: Refusal, headers: Headers, rinsed: Rinse | None = None) -> None:
+    """`rinsed` takes in what is left of a body that is too long, while its sender may read the answer."""
     extra: Headers = []
     if refusal.retry_after is not None:
         extra.append((b"retry-after", str(refusal.retry_after).encode()))
+    if refusal.allow is not None:
+        extra.append((b"allow", refusal.allow.encode()))
     if refusal.status in (408, 413):
         # What is left of the body is not read, so the connection cannot be used again.
         extra.append((b"connection", b"close"))
-    await send_json(send, refusal.status, refusal.body, [*headers, *extra], rinse if refusal.status == 413 else None)
+    await send_json(send, refusal.status, refusal.body, [*headers, *extra], rinsed if refusal.status == 413 else None)
+
+
+async def rinse(receive: Receive) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(RINSE_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
 
 
 def event_of(refusal: Refusal) -> bytes:
@@ -109,7 +118,7 @@ def event_of(refusal: Refusal) -> bytes:
     return b"data: " + json.dumps(refusal.body).encode() + b"\n\n"
 
 
-async def _read_parts(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def _read_parts(scope: Scope, receive: Receive, limit: int, grow: Callable[[int], None]) -> bytes:
     announced = header(scope, b"content-length")
     if announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
         raise _too_large(limit)
@@ -120,6 +129,7 @@ async def _read_parts(scope: Scope, receive: Receive, limit: int) -> bytes:
             raise ClientGone
         parts.append(message.get("body", b""))
         size, more = size + len(parts[-1]), message.get("more_body", False)
+        grow(len(parts[-1]))
         if size > limit:
             raise _too_large(limit)
     return b"".join(parts)

@@ -89,13 +89,16 @@ class Parity:
 class Scorer(Protocol):
     """The part of an engine that the probe needs."""
 
+    in_4_bits: bool
+
     async def tokenize(self, name: str, messages: list[dict[str, str]]) -> list[int]: ...
     async def prompt_logprobs(self, name: str, token_ids: list[int]) -> list[float]: ...
 
 
 async def probe(engine: Scorer, name: str, fingerprint: Fingerprint) -> Parity:
     """Measure the loaded adapter `name` and judge it. Raises EngineError if the engine does not answer."""
-    return judge_parity(fingerprint, [await _measure(engine, name, sample) for sample in fingerprint.samples])
+    measured = [await _measure(engine, name, sample) for sample in fingerprint.samples]
+    return judge_parity(fingerprint, measured, in_4_bits=engine.in_4_bits)
 
 
 def read_fingerprint(folder: Path) -> Fingerprint:
@@ -111,8 +114,11 @@ def read_fingerprint(folder: Path) -> Fingerprint:
         raise AdmissionError(f"a broken fingerprint: {where}: {first['msg']}", place=str(path)) from error
 
 
-def judge_parity(fingerprint: Fingerprint, measured: Sequence[Measured]) -> Parity:
-    """Pure. 'fail' stops a swap; 'undecided' (nothing tells adapter and base apart) is noted and goes on."""
+def judge_parity(fingerprint: Fingerprint, measured: Sequence[Measured], *, in_4_bits: bool = False) -> Parity:
+    """Pure. 'fail' stops a swap; 'undecided' (nothing tells adapter and base apart) is noted and goes on.
+
+    `in_4_bits`: the server's base is quantized, so its distance to bf16 is the quantization's, not its own.
+    """
     numbers = _numbers(fingerprint, measured)
     if numbers["prompts_differing"]:
         return Parity("fail", "the server makes other prompt tokens of the same messages", numbers)
@@ -122,7 +128,7 @@ def judge_parity(fingerprint: Fingerprint, measured: Sequence[Measured]) -> Pari
         return Parity("undecided", HARDLY, numbers) if empty else Parity("fail", "tokens without a score", numbers)
     # What was heard in bf16 decides where it was recorded. The distance to NF4 is then the quantization's, not the
     # server's: a right adapter after four steps of training was 1.07 off, and refused for it.
-    if bf16 is not None:
+    if bf16 is not None and not in_4_bits:
         outcome, reason = _against_bf16(bf16, numbers["bf16_base_distance"] or 0.0)
     else:
         outcome, reason = _against_train(train, numbers["train_base_distance"] or 0.0)

@@ -68,4 +68,4 @@ def _refuse_constant(name: str) -> float:
 
 
 def _refusal(why: str) -> Refusal:
-    return Refusal(400, f"the body is not JSON that can be kept: {why}", "invalid_json")
+    return Refusal(400, f"the body is not JSON that can be taken: {why}", "invalid_json")

@@ -60,9 +60,7 @@ async def _receive(listening: socket.socket, store: Store, settings: Settings, s
 
 def _server(receiver: Receiver) -> uvicorn.Server:
     # A warning for each broken request would let anybody fill the output.
-    return http_server(
-        receiver, DRAIN_SECONDS, log_level="error", proxy_headers=False, limit_concurrency=MOST_CONNECTIONS
-    )
+    return http_server(receiver, DRAIN_SECONDS, log_level="error", limit_concurrency=MOST_CONNECTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:

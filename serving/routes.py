@@ -9,24 +9,30 @@ from __future__ import annotations
 import asyncio
 import difflib
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import aiohttp
 
+from serving.demand import Demand
 from serving.http_messages import Refusal
+from serving.rollout_watch import ArmCounts
 
 
 class Upstream(Protocol):
     """What answers behind the gateway: an engine of this server, or a serverless endpoint.
 
-    Its session carries the upstream's own key; requests go to `url` + /v1/...
+    Its session carries the upstream's own key; requests go to `url` + /v1/... `local`: what is sent to it stays on
+    machines of ours.
     """
 
     url: str
+    local: bool
     session: aiohttp.ClientSession
 
     async def healthy(self, seconds: float) -> bool:
@@ -63,11 +69,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Away:
-    """Why a name that should lead somewhere does not now; `hold`: worth waiting a moment for."""
+    """Why a name that should lead somewhere does not now; `hold`: worth waiting a moment for.
+
+    `seconds`: of an engine that comes when it is wanted: a request waits so long for it before anybody else is asked,
+    and calls `want` as it begins to. `want` is no part of what two of them are compared by. `engine`: its name, for
+    `Demand.header`.
+    """
 
     reason: str
     retry_after: int = 5
     hold: bool = True
+    seconds: float = 0.0
+    want: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    engine: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,9 +104,13 @@ class Routes:
         found = self.public.get(name) or self.away.get(name)
         return found or (self.internal.get(name) if internal else None)
 
-    def nearest(self, name: str) -> list[str]:
+    def knows(self, name: str) -> bool:
+        return name in self.public or name in self.away
+
+    def nearest(self, name: str, others: Sequence[str] = ()) -> list[str]:
+        """Public names like it; `others` are some beside these."""
         models = {each for each in self.away if "@" not in each}
-        names = sorted({*self.public, *models})
+        names = sorted({*self.public, *models, *others})
         return difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
 
 
@@ -102,12 +120,20 @@ class Board:
     Each engine puts up its own part; what a caller sees is all of them, an earlier part before a later one.
     """
 
-    def __init__(self, parts: Sequence[str] = ()) -> None:
+    def __init__(self, parts: Sequence[str] = (), demand: Demand | None = None) -> None:
         """`parts`: their order; those that are not named come behind, as they are put up."""
         self.routes = Routes()
+        self.demand = demand or Demand()
+        self._last_used: WeakKeyDictionary[Upstream, float] = WeakKeyDictionary()
         self.in_flight: Counter[Route] = Counter()
         self._parts: dict[str, Routes] = {name: Routes() for name in parts}
         self._changed = asyncio.Event()
+        # When each version last had a request, and since when somebody waits for a name that is away (monotonic).
+        self.used: dict[str, float] = {}
+        self.asked: dict[str, float] = {}
+        self.pokes, self._poked = 0, asyncio.Event()
+        # Of versions in a canary: what was seen since it was last written down.
+        self.arms: dict[str, ArmCounts] = {}
 
     def put(self, part: str, routes: Routes) -> None:
         """Put an engine's routes in force, atomically, and wake whoever waits for a change; nothing if they are so."""
@@ -121,6 +147,16 @@ class Board:
         """What was put up under that name."""
         return self._parts.get(name, Routes())
 
+    def find_local(self, name: str, *, internal: bool) -> Route | Away | None:
+        """As `Routes.find`, but of what leaves our machines nothing; an engine of ours that is away is, then."""
+        away: Away | None = None
+        for routes in self._parts.values():
+            found = routes.find(name, internal=internal)
+            if isinstance(found, Route) and found.engine.local:
+                return found
+            away = away or (found if isinstance(found, Away) else None)
+        return away
+
     def drop(self, part: str) -> None:
         self.put(part, Routes())
 
@@ -129,14 +165,40 @@ class Board:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), max(seconds, 0.0))
 
+    def want(self, name: str) -> None:
+        """Somebody waits for a name that is away; its engine's reconciler is told at once."""
+        if name not in self.asked:
+            self.asked[name] = time.monotonic()
+            self.poke()
+
+    def poke(self) -> None:
+        """There is something to do before the next round."""
+        self.pokes += 1
+        poked, self._poked = self._poked, asyncio.Event()
+        poked.set()
+
+    async def poked(self, seen: int, seconds: float) -> int:
+        """Return when there were more pokes than `seen`, or after so many seconds; how many there are."""
+        if self.pokes == seen:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._poked.wait(), max(seconds, 0.0))
+        return self.pokes
+
+    def note(self, route: Route, seconds: float, failed: bool) -> None:
+        """An answer has ended. `failed`: by the engine's fault, not by the caller's."""
+        if arm := self.arms.get(route.adapter):
+            arm.add(seconds, failed)
+
     @contextmanager
     def counted(self, route: Route) -> Iterator[None]:
         """An adapter is not unloaded while a request is inside."""
         self.in_flight[route] += 1
+        self.used[route.adapter] = time.monotonic()
         try:
             yield
         finally:
             self.in_flight[route] -= 1
+            self._last_used[route.engine] = time.monotonic()
             if not self.in_flight[route]:
                 del self.in_flight[route]
 
@@ -144,12 +206,16 @@ class Board:
         """Wait until nothing is under way on that engine; False if something still is after so many seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._busy(engine):
+                while self.busy(engine):
                     await asyncio.sleep(0.05)
-        return not self._busy(engine)
+        return not self.busy(engine)
 
-    def _busy(self, engine: Upstream) -> bool:
+    def busy(self, engine: Upstream) -> bool:
         return any(route.engine is engine for route in self.in_flight)
+
+    def last_used(self, engine: Upstream) -> float:
+        """When its last request ended (time.monotonic); 0.0 before there was one."""
+        return self._last_used.get(engine, 0.0)
 
 
 def merged(parts: Sequence[Routes]) -> Routes:

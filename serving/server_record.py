@@ -21,7 +21,7 @@ from registry.project import Project
 from registry.recipe import Serve
 from registry.store import Store, dump
 from serving.server_keys import forget_keys
-from serving.vllm_process import EngineConfig
+from serving.vllm_process import ONLY, EngineConfig
 
 ROW = "server"
 STALE_SECONDS, DAY = 30.0, 86400.0
@@ -37,14 +37,58 @@ State = Literal[
     "card given to training",
     "stopping",
 ]
+# Of an engine also: nobody wants it, it sleeps, or it is somebody's and does not answer.
+EngineState = State | Literal["off", "asleep", "away"]
+WITHOUT_CARD = ("waiting for the card", "card given to training")
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """One engine. `precision` of its base; `given_up`: what of the recipe the planner could not give it; `need` and
+    `room`: bytes of its card; `start_seconds`: of its last start, until its adapters answered."""
+
+    name: str
+    state: EngineState
+    reason: str
+    base: dict[str, Any]
+    serve: dict[str, Any]
+    card: str
+    max_rank: int
+    precision: str = "bf16"
+    start: Literal["always", "demand"] = "always"
+    given_up: list[str] = field(default_factory=list)
+    need: int = 0
+    room: int = 0
+    url: str = ""
+    pid: int | None = None
+    starts: int = 0
+    start_seconds: float | None = None
+    progress: str = ""
+    loaded: list[str] = field(default_factory=list)
+    routes: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    swaps: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_off(self) -> bool:
+        """Does it not answer because nobody wants it to, or because it is somebody's that is away?"""
+        return self.state in ("off", "asleep", "away")
+
+    def serves(self, need: EngineConfig) -> bool:
+        """Is this engine one that `need` asks for? Its rank may still grow, so it is not looked at."""
+        same = self.base["digest"] == need.base.digest and self.card == need.card.name
+        return same and Serve(**self.serve).max_context >= need.serve.max_context
 
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """One heartbeat. `routes` is public name -> version; `swaps` the last flips with the seconds of their parts."""
+    """One heartbeat. `routes` is public name -> version; `swaps` the last flips with the seconds of their parts.
+
+    `engines` has each of them; the fields from `base` to `engine_starts` are the first one's, the lists those of all.
+    """
 
     pid: int
-    state: State
+    state: EngineState
     reason: str
     base: dict[str, Any]
     serve: dict[str, Any]
@@ -58,17 +102,33 @@ class ServerStatus:
     loaded: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     swaps: list[dict[str, Any]] = field(default_factory=list)
+    engines: dict[str, EngineStatus] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    objectives: list[dict[str, Any]] = field(default_factory=list)
     started: float = 0.0
     heartbeat: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def serves(self, need: EngineConfig) -> bool:
-        """Is this server's engine one that `need` asks for? Its rank may still grow, so it is not looked at."""
-        here = Serve(**self.serve)
-        same = self.base["digest"] == need.base.digest and self.card == need.card.name
-        return same and here.max_context >= need.serve.max_context
+    def all_engines(self) -> list[EngineStatus]:
+        """The first one comes first; of a record without `engines` the only one."""
+        if self.engines or self.recipe:
+            return list(self.engines.values())
+        return [
+            EngineStatus(ONLY, self.state, self.reason, self.base, self.serve, self.card, self.max_rank,
+                         url=self.engine_url, pid=self.engine_pid, starts=self.engine_starts)
+        ]  # fmt: skip
+
+    def engine_on(self, digest: str) -> EngineStatus | None:
+        """The engine for the base with that digest; of two the one that is up."""
+        found = [each for each in self.all_engines() if each.base.get("digest") == digest]
+        return min(found, key=lambda each: (each.state != "serving", each.is_off), default=None)
+
+    def engine_for(self, need: EngineConfig) -> EngineStatus | None:
+        """The engine that is what `need` asks for; none that would have to be started first."""
+        found = [each for each in self.all_engines() if each.serves(need) and not each.is_off]
+        return min(found, key=lambda each: each.state != "serving", default=None)
 
 
 def server_status(store: Store) -> ServerStatus | None:
@@ -82,7 +142,12 @@ def server_status(store: Store) -> ServerStatus | None:
 def last_words(store: Store) -> ServerStatus | None:
     """The last heartbeat, of a dead server too."""
     row = store.first("SELECT * FROM servers WHERE id = ?", (ROW,))
-    return ServerStatus(**json.loads(row["body"]), started=row["started"], heartbeat=row["heartbeat"]) if row else None
+    if row is None:
+        return None
+    body = json.loads(row["body"])
+    # An older server's record has no engines. A list, because keys are stored in the order of the alphabet.
+    engines = {each["name"]: EngineStatus(**each) for each in body.pop("engines", [])}
+    return ServerStatus(**body, engines=engines, started=row["started"], heartbeat=row["heartbeat"])
 
 
 def loaded_lately(store: Store, now: float) -> set[str]:
@@ -95,6 +160,7 @@ def loaded_lately(store: Store, now: float) -> set[str]:
 
 def write_status(store: Store, status: ServerStatus) -> None:
     body = {name: value for name, value in status.as_dict().items() if name not in ("started", "heartbeat")}
+    body["engines"] = list(body["engines"].values())
     with store.writing() as connection:
         connection.execute(
             "INSERT INTO servers (id, started, heartbeat, body) VALUES (?,?,?,?) ON CONFLICT (id) DO UPDATE "

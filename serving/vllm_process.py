@@ -15,11 +15,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from registry.admission import RANKS
 from registry.base_models import BaseModel, base_path, context_length
 from registry.cards import GIB, Card, CardLock
 from registry.errors import EngineError, MissingPart
+from registry.plan_serving import Served
 from registry.project import Project
 from registry.recipe import Serve
 from registry.settings import Settings
@@ -41,14 +43,36 @@ STOP_SECONDS = keeper.GRACE_SECONDS + 10
 SHARED_ROOM = round(1.5 * GIB)
 
 
+# The one engine of `ft serve up MODEL`, and of an evaluation.
+ONLY = "engine"
+
+
 @dataclass(frozen=True)
 class EngineConfig:
-    """What one vLLM is started for; `max_rank` is the largest LoRA rank it takes."""
+    """What one vLLM is started for; `max_rank` is the largest LoRA rank it takes.
+
+    `planned` is the planner's word on precision, context, and its part of a GPU; vLLM's own defaults without one.
+    `sleeps`: it can be put to sleep. `number`: which of a server's engines it is; with FT_ENGINE_PORT their ports count
+    up from there.
+    """
 
     base: BaseModel
     serve: Serve
     card: Card
     max_rank: int = LEAST_RANK
+    name: str = ONLY
+    precision: Literal["auto", "bf16", "bitsandbytes"] = "auto"
+    max_loras: int = MAX_LORAS
+    max_cpu_loras: int = MAX_CPU_LORAS
+    planned: Served | None = None
+    sleeps: bool = False
+    number: int = 0
+
+    @property
+    def in_4_bits(self) -> bool:
+        """Is the base held in 4 bits?"""
+        said = self.planned.serving.precision if self.planned else self.precision
+        return said == "bitsandbytes" and not self.card.is_cpu
 
 
 class VllmProcess:
@@ -99,15 +123,22 @@ async def start_vllm(project: Project, settings: Settings, config: EngineConfig,
     """
     python = await asyncio.to_thread(ensure_vllm, project, settings, config.card)
     folder = await asyncio.to_thread(base_path, project, config.base)
-    port, key = settings.engine_port or free_port(), secrets.token_urlsafe(32)
-    log = _open_log(project)
+    port = settings.engine_port + config.number if settings.engine_port else free_port()
+    key = settings.engine_key or secrets.token_urlsafe(32)
+    log = _open_log(project, config.name)
     process, pipe = _spawn(
-        [str(python), "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(config, folder, port)],
+        [
+            str(python),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *vllm_arguments(config, folder, port, settings.engine_host),
+        ],
         {**_environment(config), "VLLM_API_KEY": key},
         lock,
         log,
     )
-    engine = Engine(f"http://127.0.0.1:{port}", key)
+    engine = Engine(f"http://{settings.engine_host}:{port}", key)
+    engine.in_4_bits = config.in_4_bits
     started = VllmProcess(process, pipe, engine, log, log.stat().st_size)
     try:
         await _until_healthy(started, settings.engine_start_seconds)
@@ -117,37 +148,50 @@ async def start_vllm(project: Project, settings: Settings, config: EngineConfig,
     return started
 
 
-def vllm_arguments(config: EngineConfig, folder: Path, port: int) -> list[str]:
+def vllm_arguments(config: EngineConfig, folder: Path, port: int, host: str = "127.0.0.1") -> list[str]:
     """The command line of vLLM 0.32 for that base. The key is not in it: others on this host can read it."""
-    options = {
+    options: dict[str, Any] = {
         "model": folder,
         "served-model-name": BASE,
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         # More than one forgets: run-time LoRA loading reaches only one of several API servers.
         "api-server-count": 1,
-        "max-loras": MAX_LORAS,
-        "max-cpu-loras": MAX_CPU_LORAS,
+        "max-loras": config.max_loras,
+        "max-cpu-loras": config.max_cpu_loras,
         "max-lora-rank": config.max_rank,
         "max-model-len": min(config.serve.max_context, context_length(folder)),
         "max-num-seqs": config.serve.concurrency,
         "dtype": "bfloat16",
         "uvicorn-log-level": "warning",
     }
+    if not config.card.is_cpu:
+        options |= _gpu_options(config, folder)
+    eager = bool(options.pop("enforce-eager", config.card.is_cpu))
     flags = [
         "--enable-lora",
         "--disable-uvicorn-access-log",
-        *(["--enforce-eager"] if config.card.is_cpu else []),
+        *(["--enforce-eager"] if eager else []),
+        *(["--enable-sleep-mode"] if config.sleeps else []),
     ]
-    if config.card.serve == "share" and not config.card.is_cpu:
-        # vLLM refuses to start where less than this part of the card is free, and else takes nine tenths of it.
-        options["gpu-memory-utilization"] = round(engine_memory(folder, config) / config.card.memory, 3)
     modules = ["--lora-target-modules", *lora_modules(folder)]
     return [*flags, *modules, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
 
 
+def _gpu_options(config: EngineConfig, folder: Path) -> dict[str, Any]:
+    if config.planned is not None:
+        planned = config.planned.vllm_options()
+        return planned | {"max-model-len": min(planned["max-model-len"], context_length(folder))}
+    options: dict[str, Any] = {"quantization": "bitsandbytes"} if config.in_4_bits else {}
+    if config.card.serve == "share":
+        # vLLM refuses to start where less than this part of the card is free, and else takes nine tenths of it.
+        options["gpu-memory-utilization"] = round(engine_memory(folder, config) / config.card.memory, 3)
+    return options
+
+
 def engine_memory(folder: Path, config: EngineConfig) -> int:
-    """Bytes that a vLLM is given on a card that it shares: weights, `serve.memory_gb` of KV cache, and some room."""
+    """Bytes that a vLLM without a plan is given on a card that it shares: weights, `serve.memory_gb` of KV cache, and
+    some room."""
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return weights + round(config.serve.memory_gb * GIB) + SHARED_ROOM
 
@@ -195,9 +239,12 @@ def _environment(config: EngineConfig) -> dict[str, str]:
         if config.card.is_cpu
         else {"CUDA_VISIBLE_DEVICES": str(config.card.index)}
     )
+    # The paths of dev mode (sleep and wake, and worse) are loopback's only, and in no list of the gateway's.
+    sleep = {"VLLM_SERVER_DEV_MODE": "1"} if config.sleeps else {}
     return {
         **kept,
         **card,
+        **sleep,
         "PYTHONSAFEPATH": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -228,9 +275,14 @@ def _spawn(
     return process, ours
 
 
-def _open_log(project: Project) -> Path:
+def engine_log(project: Project, name: str) -> Path:
+    """Where the vLLM of the engine of that name writes."""
+    return project.logs / ("engine.log" if name == ONLY else f"engine-{name}.log")
+
+
+def _open_log(project: Project, name: str) -> Path:
     project.logs.mkdir(parents=True, exist_ok=True)
-    log = project.logs / "engine.log"
+    log = engine_log(project, name)
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
     log.touch()

@@ -123,7 +123,7 @@ def _refuse_unserved(
 ) -> None:
     """Raises DoesNotFit where the card cannot serve the base: vLLM would take minutes to find that out."""
     config, status = project.models / base.folder / "config.json", server_status(store)
-    if not config.exists() or (status and status.base["digest"] == base.digest):
+    if not config.exists() or (status and status.engine_on(base.digest)):
         return
     try:
         geometry = geometry_of(json.loads(config.read_text(encoding="utf-8")), base.source)

@@ -19,12 +19,15 @@ import yaml
 
 from jobs.fetch_base import fetch_base
 from registry.base_models import BaseModel
+from registry.cards import pick_card
 from registry.chat_data import Row, write_rows
 from registry.dataset_versions import store_version
 from registry.job_folder import JobFolder
 from registry.project import Project
 from registry.recipe import Base, Finetune, load_recipe
 from registry.store import Store, open_store
+from serving.control import server_command
+from serving.to_serve import only_engine
 from tests.conftest import ROOT
 from tests.dvc_projects import make_project
 from tests.flows.points import Point
@@ -115,8 +118,8 @@ class Swept:
         return "\n".join(text.splitlines()[-lines:])
 
     def _start(self, role: str) -> None:
-        serve = self.recipe.serve.model_dump_json()
-        server = ["--project", str(self.project.root), "--base", self.base.folder, "--serve", serve, "--card", "cpu"]
+        what = only_engine(self.base, self.recipe.serve, pick_card("cpu"))
+        server = server_command(self.project, what)[3:]
         module = {"worker": ["jobs.worker"], "server": ["serving.server", *server]}[role]
         with (self.project.root.parent / f"{role}.log").open("ab") as log:
             self.running[role] = subprocess.Popen(

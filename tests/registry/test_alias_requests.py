@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from registry import adapters
+from registry import adapters, rollouts
 from registry.alias_requests import (
     Standing,
     decide_request,
@@ -20,6 +20,7 @@ from registry.alias_telling import LEASE_SECONDS, Telling, abandon_telling, begi
 from registry.events import causes, read
 from registry.leases import is_gone, new_lease
 from registry.project import Project
+from registry.rollout_terms import parse_canary
 from registry.store import Store
 from tests.conftest import run_bounded
 
@@ -230,3 +231,33 @@ def test_a_lease_is_gone_with_its_process(project: Project) -> None:
 def _passed(store: Store, number: int, against: int) -> adapters.Verdict:
     add(store, number)
     return judge(store, number, against=against)
+
+
+def test_a_version_that_no_gate_passed_needs_the_serve_recipes_leave(store: Store) -> None:
+    champions(store, 1)
+    add(store, 2)
+    tell(store)
+    said_no = decide_request(store, standing_now(store), 2)
+    assert said_no is not None
+    assert "never judged" in said_no
+    tell(store)
+    assert decide_request(store, standing_now(store), 2, unjudged=True) == ""
+    assert aliases(store)["champion"] == 2
+    verdict = adapters.last_verdict(store, "m", 2)
+    assert verdict is not None
+    assert (verdict.outcome, verdict.body["checks"][0]["name"]) == ("undecided", "unjudged")
+
+
+def test_beside_a_rollout_a_move_in_mlflow_is_refused_also_back_to_previous(store: Store) -> None:
+    champions(store, 1, 2)
+    add(store, 3)
+    begun = rollouts.start(store, judge(store, 3, against=2), parse_canary("5%:1m"), by_whom="ann")
+    tell(store)
+    for wanted in (3, 1):
+        reason = moved(store, wanted)
+        assert reason is not None
+        assert "a rollout of m@3 is under way" in reason
+        tell(store)
+    assert aliases(store)["champion"] == 2
+    rollouts.cancel(store, begun, by_whom="ann")
+    assert moved(store, 1) == ""

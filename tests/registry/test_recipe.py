@@ -31,10 +31,12 @@ KIND_FIX = "\n  -> `ft run` takes what trains (finetune), `ft serve up` what ans
 # What is added to GOOD (or stands for it), and the message, where {path} is the file.
 ADDED = [
     ("xyz: 1\n", "{path}:7: xyz: unknown key; there are: kind, name, model, description, use, base, data, train, "
-     "evaluate, gate, promote, approval, retries, timeouts, serve, card, cloud, budget, escalate, tracking, on"),
+     "evaluate, gate, promote, approval, rollout, retries, timeouts, serve, card, cloud, budget, escalate, tracking, "
+     "on"),
     ("trian: {}\n", "{path}:7: trian: unknown key; did you mean 'train'?"),
     ("finetune: {}\n", "{path}:7: finetune: unknown key; there are: kind, name, model, description, use, base, data, "
-     "train, evaluate, gate, promote, approval, retries, timeouts, serve, card, cloud, budget, escalate, tracking, on"),
+     "train, evaluate, gate, promote, approval, rollout, retries, timeouts, serve, card, cloud, budget, escalate, "
+     "tracking, on"),
     ("train:\n  learnin_rate: 1\n", "{path}:8: train.learnin_rate: unknown key; did you mean 'learning_rate'?"),
     ("train:\n  lora:\n    rnak: 8\n", "{path}:9: train.lora.rnak: unknown key; did you mean 'rank'?"),
     ("train:\n  lora: {rank: 12}\n",

@@ -22,6 +22,7 @@ from registry.store import Store, open_store
 from serving.control import server_status, start_server, stop_server
 from serving.server_keys import read_keys
 from serving.server_record import ServerStatus, is_gone
+from serving.to_serve import only_engine
 from tests.conftest import ROOT, run_bounded
 
 MODEL = "tickets"
@@ -106,7 +107,7 @@ def served(
     here.promote(here.register("alpha"))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(ROOT))
-        start_server(project, here.store, settings, base_model, SERVE, card, print)
+        start_server(project, here.store, settings, only_engine(base_model, SERVE, card), print)
     yield here
     if not is_gone(here.store):
         assert stop_server(here.store, settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from registry.base_models import BaseModel
-from registry.cards import GIB, Card, holder_beside, marker, pick_card, try_lock
+from registry.cards import GIB, Card, as_set, holder_beside, marker, pick_card, try_lock
 from registry.cloud_terms import CardSetting
 from registry.errors import WrongInput
 from registry.project import Project
@@ -18,7 +18,9 @@ from registry.recipe import Serve
 from registry.settings import Settings
 from registry.store import Store
 from serving.control import server_status, start_server, stop_server
-from serving.server import Server, run_server
+from serving.server import run_server
+from serving.shared_card import SharedCard
+from serving.to_serve import only_engine
 from serving.vllm_process import EngineConfig, engine_memory, vllm_arguments
 from tests.conftest import ROOT
 
@@ -29,20 +31,22 @@ SHARE = Settings(cards={"cpu": CardSetting(serve="share")})
 
 
 def test_a_server_is_refused_on_a_card_that_is_never_served_from(project: Project, store: Store) -> None:
-    config = EngineConfig(BASE, Serve(), CPU)
+    what = only_engine(BASE, Serve(), CPU)
     with pytest.raises(WrongInput, match="card cpu is not for serving"):
-        start_server(project, store, NEVER, BASE, Serve(), CPU)
+        start_server(project, store, NEVER, what)
     with pytest.raises(WrongInput, match="card cpu is not for serving"):
-        run_server(project, store, NEVER, config)
+        run_server(project, store, NEVER, what)
     assert server_status(store) is None
 
 
 def test_only_a_server_that_shares_does_not_give_way_to_a_trainer(project: Project, store: Store) -> None:
-    config = EngineConfig(BASE, Serve(), CPU)
-    evicted, shares = (Server(project, store, each, config) for each in (Settings(), SHARE))
+    cards = [as_set([CPU], each.cards)[0] for each in (Settings(), SHARE)]
+    evicted, shares = (SharedCard(project, Settings(), each) for each in cards)
     with marker(project, CPU, "train"):
-        assert evicted._training_waits()
-        assert not shares._training_waits()
+        assert evicted.training_waits()
+        assert not shares.training_waits()
+        with marker(project, CPU, "eval"):
+            assert not evicted.training_waits(), "an evaluation needs the engine first"
 
 
 def test_on_a_shared_gpu_vllm_is_told_its_part(tmp_path: Path) -> None:
@@ -70,7 +74,7 @@ def test_a_real_server_that_shares_stays_while_a_trainer_has_the_card(
         with marker(project, CPU, "train"):
             trainer = try_lock(project, CPU, "a trainer")
             assert trainer is not None
-            status = start_server(project, store, settings, base_model, Serve(max_context=512), CPU, print)
+            status = start_server(project, store, settings, only_engine(base_model, Serve(max_context=512), CPU), print)
             assert status.state == "serving"
             assert holder_beside(project, CPU) == f"ft serve, pid {status.pid}"
             assert pick_card("cpu").used > GIB

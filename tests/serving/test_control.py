@@ -99,10 +99,10 @@ def test_keys_are_readable_by_their_owner_only(project: Project, store: Store) -
 
 def test_which_server_serves_what_is_needed() -> None:
     card = Card("cpu", "", 0)
-    assert STATUS.serves(EngineConfig(BASE, Serve(), card))
-    assert not STATUS.serves(EngineConfig(replace(BASE, digest="other"), Serve(), card))
-    assert not STATUS.serves(EngineConfig(BASE, Serve(max_context=4096), card))
-    assert not STATUS.serves(EngineConfig(BASE, Serve(), Card("cuda-0", "", 0, 0)))
+    assert STATUS.engine_for(EngineConfig(BASE, Serve(), card))
+    assert not STATUS.engine_for(EngineConfig(replace(BASE, digest="other"), Serve(), card))
+    assert not STATUS.engine_for(EngineConfig(BASE, Serve(max_context=4096), card))
+    assert not STATUS.engine_for(EngineConfig(BASE, Serve(), Card("cuda-0", "", 0, 0)))
 
 
 @pytest.mark.parametrize(("rank", "needs"), [(0, 8), (1, 8), (8, 8), (12, 16), (64, 64), (65, 128)])

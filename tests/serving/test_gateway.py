@@ -16,7 +16,6 @@ import pytest
 
 from serving.engine import Engine
 from serving.gateway import Gateway
-from serving.http_messages import MAX_BODY
 from serving.listening import http_server
 from serving.routes import Away, Board, Route, Routes
 from tests.fakes.canned_engine import CannedEngine, canned_engine
@@ -30,6 +29,7 @@ class Front:
     """A gateway with one engine behind it: `tickets` -> tickets@2, tickets@1 previous, tickets@3 unjudged."""
 
     url: str
+    gateway: Gateway
     board: Board
     canned: CannedEngine
     engine: Engine
@@ -53,17 +53,19 @@ class Front:
 
 
 @asynccontextmanager
-async def front(hold_seconds: float = 0.4) -> AsyncIterator[Front]:
+async def front(hold_seconds: float = 0.4, **given: Any) -> AsyncIterator[Front]:
+    """`given`: more of the gateway's arguments."""
     board = Board()
+    gateway = Gateway(board, KEY, hold_seconds, **given)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = http_server(Gateway(board, KEY, hold_seconds), drain_seconds=5, log_level="warning")
+    server = http_server(gateway, drain_seconds=5, log_level="warning")
     answering = asyncio.create_task(server.serve(sockets=[listening]))
     async with (
         canned_engine() as canned,
         Engine(canned.url, "engine-key") as engine,
         aiohttp.ClientSession() as session,
     ):
-        here = Front(f"http://127.0.0.1:{listening.getsockname()[1]}", board, canned, engine, session)
+        here = Front(f"http://127.0.0.1:{listening.getsockname()[1]}", gateway, board, canned, engine, session)
         board.put("engine", here.routes())
         try:
             yield here
@@ -73,9 +75,9 @@ async def front(hold_seconds: float = 0.4) -> AsyncIterator[Front]:
             await answering
 
 
-def in_front(test: Callable[[Front], Awaitable[None]]) -> None:
+def in_front(test: Callable[[Front], Awaitable[None]], **given: Any) -> None:
     async def run() -> None:
-        async with front() as here:
+        async with front(**given) as here:
             await test(here)
 
     asyncio.run(run())
@@ -183,11 +185,11 @@ def test_bad_requests_get_openai_errors(body: bytes, status: int, code: str, say
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_body_that_is_too_large_is_not_taken(announced: bool) -> None:
     async def parts() -> AsyncIterator[bytes]:
-        for _ in range((MAX_BODY >> 20) + 1):
+        for _ in range(((8 << 20) >> 20) + 1):
             yield b" " * (1 << 20)
 
     async def test(here: Front) -> None:
-        data: Any = io.BytesIO(b" " * (MAX_BODY + 1)) if announced else parts()
+        data: Any = io.BytesIO(b" " * ((8 << 20) + 1)) if announced else parts()
         async with here.session.post(here.url + CHAT, data=data) as got:
             assert (got.status, error_of(await got.text())["code"]) == (413, "request_too_large")
 
@@ -209,7 +211,7 @@ def test_headers_without_end_are_refused() -> None:
 
 def test_only_the_few_paths_answer() -> None:
     async def test(here: Front) -> None:
-        for path in ("/", "/metrics", "/v1/load_lora_adapter", "/tokenize", "/v1/embeddings"):
+        for path in ("/", "/v1/load_lora_adapter", "/tokenize", "/v1/responses", "/invocations"):
             got, _, text = await here.post({"model": "tickets"}, path=path)
             assert (got, error_of(text)["code"]) == (404, "not_found")
         async with here.session.get(here.url + CHAT) as answer:
@@ -221,6 +223,10 @@ def test_only_the_few_paths_answer() -> None:
         here.board.put("engine", replace(routes, away={"tickets@4": Away("it was refused", hold=False)}))
         async with here.session.get(here.url + "/health") as answer:
             assert (answer.status, (await answer.json())["reasons"]) == (200, ["it was refused"])
+        for engine, status in (("big", 200), ("", 503)):
+            here.board.put("engine", Routes(away={"tickets": Away("it is off", engine=engine)}))
+            async with here.session.get(here.url + "/health") as answer:
+                assert answer.status == status, "an engine on demand that nobody wants is as it should be"
 
     in_front(test)
 

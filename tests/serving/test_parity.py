@@ -80,6 +80,13 @@ def test_bf16_decides_though_training_in_nf4_said_something_else() -> None:
     assert found.numbers["train_distance"] == pytest.approx(1.18)
 
 
+def test_a_base_in_4_bits_is_held_to_what_training_in_nf4_said() -> None:
+    print_of = fingerprint(train=-1.3, base=-9.0, bf16=-0.1, bf16_base=-5.0)
+    assert judge_parity(print_of, served(-1.4), in_4_bits=True).outcome == "pass"
+    assert judge_parity(print_of, served(-1.4)).outcome == "fail", "a base in 16 bits must be near to bf16"
+    assert judge_parity(print_of, served(-9.0), in_4_bits=True).outcome == "fail", "the bare base"
+
+
 def test_other_prompt_tokens_fail() -> None:
     found = judge_parity(fingerprint(train=-0.1, base=-5.0), [Measured([1, 2], [])])
     assert found.outcome == "fail"

@@ -1,0 +1,90 @@
+"""What went out to a caller, seen as it passes: status, version, first token, events, usage. For what is counted."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any
+
+from serving.http_messages import Message, Send
+from serving.metrics import Began
+
+USAGE = re.compile(rb'"usage":\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+CODE = re.compile(rb'"code":\s*"([^"\\]{1,64})"')
+MOST_REMEMBERED = 100_000
+
+
+class Outgoing:
+    """Stands in the place of `send`. No coroutine of its own: a stream has thousands of parts a second."""
+
+    __slots__ = ("_began", "_first", "_send", "_started", "adapter", "code", "complete", "events", "status", "usage")
+
+    def __init__(self, send: Send, began: Began | None) -> None:
+        self._send, self._began = send, began
+        self.status, self.events, self.adapter, self.code, self.complete = 0, 0, "", "", False
+        self.usage: dict[str, Any] | None = None
+        self._started, self._first = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def first(self) -> float | None:
+        """Seconds until the first part went out."""
+        return self._first - self._started if self._first else None
+
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            for name, value in message["headers"]:
+                if name == b"x-ft-adapter":
+                    self.adapter = value.decode()
+        elif body := message.get("body"):
+            if not self.events:
+                self._first = time.monotonic()
+                if self._began:
+                    self._began.first()
+            self.events += 1
+            if self._began and b'"usage":' in body:
+                self._read_usage(body)
+            if self.status >= 400 and (found := CODE.search(body)):
+                self.code = found[1].decode()
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.complete = True
+        return self._send(message)
+
+    def _read_usage(self, body: bytes) -> None:
+        found = USAGE.findall(body)
+        try:
+            self.usage = json.loads(found[-1]) if found else self.usage
+        except ValueError:  # somebody's answer may be anything
+            self.usage = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Who answered a request."""
+
+    adapter: str
+    route: str
+    key: str
+
+
+class Remembered:
+    """The newest answers by key and request id, so that feedback need not say which version it is about."""
+
+    def __init__(self, most: int = MOST_REMEMBERED) -> None:
+        self._most, self._found = most, OrderedDict[tuple[str, str], Answered]()
+
+    def put(self, request: tuple[str, str], answered: Answered) -> None:
+        self._found[request] = answered
+        if len(self._found) > self._most:
+            self._found.popitem(last=False)
+
+    def get(self, request: tuple[str, str]) -> Answered | None:
+        return self._found.get(request)

@@ -1,0 +1,94 @@
+"""`ft promote --canary`, `ft rollout` and `ft serve plan`, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import adapters
+from registry.base_models import BaseModel
+from registry.project import Project
+from registry.serve_recipe import unjudged_models
+from registry.store import Store
+from tests.conftest import run_bounded
+from tests.fakes.reconciled import Site
+
+
+@pytest.fixture
+def site(project: Project, store: Store) -> Site:
+    base = BaseModel("org/base", "1", "Apache-2.0", "b" * 64, "org-base@1")
+    here = Site(project, store, base)
+    for number in (1, 2):
+        here.add("a", number)
+        here.judge("a", number)
+    here.promote("a", 1)
+    here.judge("a", 2)
+    return here
+
+
+def ft(project: Project, *arguments: str) -> tuple[int, str, str]:
+    done = run_bounded([sys.executable, "-m", "cli.main", *arguments], timeout=60, cwd=project.root)
+    return done.returncode, done.stdout, done.stderr
+
+
+def as_json(out: str) -> Any:
+    return json.loads(out)
+
+
+def test_a_canary_from_its_beginning_to_its_end(site: Site) -> None:
+    code, out, _ = ft(site.project, "rollout")
+    assert (code, out) == (0, "no rollout; `ft promote MODEL@N --canary 5%:10m,50%:30m` begins one\n")
+    code, out, _ = ft(site.project, "promote", "a@2", "--canary", "5%:10m,50%:30m")
+    assert code == 0
+    assert "rollout of a@2 beside version 1: 5% for 10m, then 50% for 30m" in out
+    assert "no server is up" in out
+    code, _, err = ft(site.project, "promote", "a@2", "--force")
+    assert code == 2
+    assert "a rollout of a@2 is under way" in err
+    assert "ft rollout cancel a" in err
+    code, out, _ = ft(site.project, "rollout", "a")
+    assert "a@2: 0 of 600 s at 5%" in out
+    code, out, _ = ft(site.project, "rollout", "advance", "a", "--json")
+    assert (as_json(out)[0]["step"], as_json(out)[0]["state"]) == (1, "running")
+    code, out, _ = ft(site.project, "serve", "plan", "a", "--json")
+    plan = as_json(out)
+    assert (code, plan["server"], plan["engines"]["engine"]["lines"][0]["notes"]) == (
+        0,
+        "not running",
+        ["canary a@2 at 50%"],
+    )
+    assert plan["engines"]["engine"]["lines"][0]["todo"] == [
+        "load and probe a@1",
+        "load and probe a@2",
+        "lead a to a@1",
+    ]
+    code, out, _ = ft(site.project, "rollout", "cancel", "a", "--json")
+    assert as_json(out)[0]["state"] == "cancelled"
+    assert adapters.aliases(site.store, "a")["champion"] == 1
+    code, _, err = ft(site.project, "rollout", "cancel", "a")
+    assert (code, "no rollout of a is under way" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["promote", "a@2", "--canary", "half"], "no steps of a canary: 'half'"),
+        (["rollout", "advance"], "not understood: advance"),
+        (["rollout", "restart", "a"], "not understood: restart a"),
+    ],
+)
+def test_what_makes_no_sense(site: Site, arguments: list[str], why: str) -> None:
+    code, _, err = ft(site.project, *arguments)
+    assert code == 2
+    assert why in err
+
+
+def test_which_models_may_answer_unjudged(project: Project) -> None:
+    text = "kind: serve\nengines: {e: {base: org/base}}\nroutes: {a: {model: a, unjudged: true}, b: {model: b}}\n"
+    (Path(project.root) / "recipes" / "serve.yaml").write_text(text, encoding="utf-8")
+    (Path(project.root) / "recipes" / "other.yaml").write_text("kind: finetune\n", encoding="utf-8")
+    assert unjudged_models(project) == {"a"}
