@@ -6,7 +6,6 @@ It must see the project's adapter folders under the same paths (a shared folder)
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from registry.admission import RANKS
@@ -17,10 +16,10 @@ from registry.recipe import Serve, expand
 from registry.serve_recipe import EngineTerms, is_local
 from serving.engine import BASE, Engine
 from serving.own_engine import HEALTH_SECONDS, POLL_SECONDS
-from serving.reconciler import Reconciler, nothing_answers, wanted_models
+from serving.reconciler import Reconciler
 from serving.routes import Away, Route, Routes
 from serving.server_record import EngineState, EngineStatus
-from serving.site import Site
+from serving.site import Site, itself
 from serving.vllm_process import EngineConfig
 
 ELSEWHERE = "elsewhere"
@@ -86,14 +85,11 @@ class LentEngine:
             self.reconciler = site.reconciler(engine, self.config, self.terms)
             self.starts += 1
         await self.reconciler.step()
-        self.site.board.put(f"{self.name} itself", Routes(engines={self.name: Route(BASE, engine)}))
+        self.site.board.put(itself(self.name), Routes(engines={self.name: Route(BASE, engine)}))
         self._say("serving")
 
     async def _flip_away(self, reason: str, *, hold: bool) -> None:
-        why = Away(reason, hold=hold)
-        models = await asyncio.to_thread(wanted_models, self.site.store, self.config.base)
-        self.site.board.put(f"{self.name} itself", Routes(engines={self.name: why}))
-        self.site.board.put(self.name, nothing_answers(models, why))
+        await self.site.flip_away(self.name, self.config.base, Away(reason, hold=hold))
 
     def _say(self, state: EngineState, reason: str = "") -> None:
         if (state, reason) != (self.state, self.reason):

@@ -16,11 +16,11 @@ from registry.durations import seconds
 from registry.errors import EngineError, FtError
 from registry.serve_recipe import EngineTerms
 from serving.engine import BASE
-from serving.reconciler import Reconciler, nothing_answers, rank_needed, wanted_models
+from serving.reconciler import Reconciler, rank_needed
 from serving.routes import Away, Route, Routes
 from serving.server_record import EngineState, EngineStatus
 from serving.shared_card import SharedCard
-from serving.site import Site
+from serving.site import Site, itself
 from serving.turns import Place, Stand
 from serving.vllm_process import EngineConfig, VllmProcess, engine_rank, start_vllm
 
@@ -165,7 +165,7 @@ class OwnEngine:
         await self.reconciler.step()
         self.failures = self.unwell = 0
         if self.place != "up":
-            self.site.board.put(self._part, Routes(engines={self.name: Route(BASE, vllm.engine)}))
+            self.site.board.put(itself(self.name), Routes(engines={self.name: Route(BASE, vllm.engine)}))
             self._put("up")
             self.demand.is_up(self.name, time.monotonic() - self.began)
         self._say("serving")
@@ -304,18 +304,11 @@ class OwnEngine:
             self.lock = None
 
     async def _flip_away(self, why: Away) -> None:
-        models = await asyncio.to_thread(wanted_models, self.site.store, self.config.base)
-        self.site.board.put(self._part, Routes(engines={self.name: why}))
-        self.site.board.put(self.name, nothing_answers(models, why))
+        await self.site.flip_away(self.name, self.config.base, why)
 
     def _off(self, how: str = "starts when it is wanted") -> Away:
         demand, name = self.demand, self.name
         return Away(f"engine '{name}' {how}", seconds=demand.hold(name), want=partial(demand.want, name), engine=name)
-
-    @property
-    def _part(self) -> str:
-        """Of the board: where the engine itself is, without an adapter."""
-        return f"{self.name} itself"
 
     def _put(self, place: Place) -> None:
         if place != self.place:
