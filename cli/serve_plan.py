@@ -22,7 +22,7 @@ def plan(
     from cli.serve import what_to_serve
     from registry.base_models import BaseModel
     from registry.project import find_project
-    from registry.serve_recipe import ServeRecipe
+    from registry.serve_recipe import ServeRecipe, unjudged_in
     from registry.store import open_store
     from serving.serve_plan import load_plan
     from serving.server_record import server_status
@@ -36,10 +36,10 @@ def plan(
     else:
         served = what_to_serve(project, store, what, lambda _: None)
         recipe, engines, bases = served.recipe, {}, dict(served.bases)
-    found = {
-        name: load_plan(store, engines.get(name), base, recipe.engines[name].max_cpu_loras)
-        for name, base in bases.items()
-    }
+    found = {}
+    for name, base in bases.items():
+        terms = recipe.engines[name]
+        found[name] = load_plan(store, engines.get(name), base, terms.max_cpu_loras, terms.pin, unjudged_in(recipe))
     state = status.state if status else "not running"
     if as_json:
         print_json({"server": state, "engines": {name: each.as_dict() for name, each in found.items()}})

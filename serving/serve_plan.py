@@ -42,12 +42,16 @@ class ServePlan:
         return {"in_step": self.in_step, **asdict(self)}
 
 
-def load_plan(store: Store, status: EngineStatus | None, base: BaseModel, slots: int) -> ServePlan:
-    """Of an engine of the server that is up, or of one that would be started for `base`."""
-    models = wanted_models(store, base)
+def load_plan(
+    store: Store, status: EngineStatus | None, base: BaseModel, slots: int,
+    pinned: Collection[str] = (), unjudged: Collection[str] = (),
+) -> ServePlan:  # fmt: skip
+    """Of an engine of the server that is up, or of one that would be started for `base`. See `Reconciler` for the
+    last three."""
+    models = wanted_models(store, base, unjudged)
     if status is None:
-        return plan(models, {}, (), {}, slots)
-    return plan(models, status.routes, status.loaded, status.refused, slots)
+        return plan(models, {}, (), {}, slots, pinned)
+    return plan(models, status.routes, status.loaded, status.refused, slots, pinned)
 
 
 def plan(
@@ -56,10 +60,11 @@ def plan(
     loaded: Collection[str],
     refused: Mapping[str, str],
     slots: int,
+    pinned: Collection[str] = (),
 ) -> ServePlan:
     """`routes`: public name -> version; `slots`: how many adapters the engine holds."""
     needs = [need_of(each, refused, routes.get(each.model, "")) for each in models if each.versions]
-    order = by_need(needs, Use(used=dict.fromkeys(loaded, 1.0)))
+    order = by_need(needs, Use(used=dict.fromkeys(loaded, 1.0), pinned=pinned))
     room = share_out(order, loaded, (), slots)
     lines = tuple(_line(each, routes, set(loaded), refused, room.keep) for each in models)
     return ServePlan(lines, room.spare, slots)

@@ -17,7 +17,7 @@ from registry.rollout_terms import Rollout, parse_canary
 from serving.reconciler import Reconciler
 from serving.rollout_keeper import RolloutKeeper, seen_of, split_here
 from serving.rollout_watch import ArmCounts, Ratings, Seen, judge, lowest
-from serving.serve_plan import plan
+from serving.serve_plan import load_plan, plan
 from serving.wanted import wanted_models
 from tests.fakes.answering_engine import AnsweringEngine
 from tests.fakes.reconciled import Site, make_site
@@ -271,3 +271,16 @@ def test_the_plan_says_what_would_be_done(tmp_path: Path) -> None:
     small = {each.model: each for each in plan(models, {"a": "a@1"}, ["a@1", "a@2"], {}, 2).lines}
     assert (small["b"].todo, small["b"].notes) == ((), ("b@1 is loaded when it is asked for",))
     assert plan(models, {"a": "a@1"}, ["a@1", "a@2"], {}, 2).in_step
+
+
+def test_the_plan_knows_what_is_pinned_and_what_may_answer_unjudged(tmp_path: Path) -> None:
+    site = canary_site(tmp_path, terms_of())
+    site.add("b", 1)
+    site.promote("b", 1)
+    site.add("c", 1)
+    models = wanted_models(site.store, site.base)
+    small = {each.model: each for each in plan(models, {"a": "a@1"}, ["a@1"], {}, 1, pinned=["b"]).lines}
+    assert small["b"].todo == ("load and probe b@1", "lead b to b@1")
+    assert small["a"].notes[0] == "a@2 is loaded when it is asked for"
+    lines = {each.model: each for each in load_plan(site.store, None, site.base, 16, unjudged=["c"]).lines}
+    assert lines["c"].todo == ("load and probe c@1", "lead c to c@1")
