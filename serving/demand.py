@@ -9,13 +9,13 @@ engine is counted once with `count`. All of it runs in one event loop and return
 from __future__ import annotations
 
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from registry.durations import seconds
 from registry.serve_recipe import EngineTerms
+from serving.rules import LONGEST_LOOKED_AT, plain
 
 # Beyond the time for which its request was held: a caller who was told to come again is waited for this long.
 REMEMBERED_SECONDS = 60.0
@@ -119,9 +119,7 @@ class Demand:
 
 
 def _has_word(text: str, words: list[str]) -> bool:
-    plain = _plain(text)
-    return not words or any(_plain(word) in plain for word in words)
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    if not words:
+        return True
+    found = plain(text[:LONGEST_LOOKED_AT])
+    return any(plain(word) in found for word in words)
