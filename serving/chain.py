@@ -227,7 +227,7 @@ class Chain:
         if found is None:
             raise Unanswered(self._unknown(name), blame=False)
         if isinstance(found, Route) and (split := routes.splits.get(name)):
-            found = split.pick(ask.subject)
+            found = split.pick(ask.subject(split.by))
         if ask.terms.local_only and isinstance(found, Route) and not found.engine.local:
             # An endpoint in the cloud answers while ours is away; not for this route.
             found = self.board.find_local(name, internal=ask.internal)

@@ -160,8 +160,9 @@ class Gateway:
             terms = _pinned(terms, route, pin[:32])
         if self._is_known(route):  # never a caller's own words in a header
             headers.append((b"x-ft-route", route.encode()))
-        subject = _subject(scope, request, caller, headers)
-        return Ask(scope["path"], request, asked, route, terms, caller.internal, subject, headers, caller.name)
+        user, conversation = request.get("user"), header(scope, b"x-ft-conversation").decode("latin-1")
+        return Ask(scope["path"], request, asked, route, terms, caller.internal, headers, caller.name,
+                   user if isinstance(user, str) else "", conversation)  # fmt: skip
 
     def _is_known(self, route: str) -> bool:
         return route in self.policy.routes or self.board.routes.knows(route)
@@ -291,15 +292,6 @@ class Gateway:
 
 def _texts(scope: Scope) -> Mapping[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-
-
-def _subject(scope: Scope, request: dict[str, Any], caller: Caller, headers: Headers) -> str:
-    """Whose request it is: a canary gives one user, or one conversation, the same version all along."""
-    conversation = header(scope, b"x-ft-conversation")
-    user = request.get("user")
-    if conversation:
-        return conversation.decode("latin-1")
-    return user if isinstance(user, str) and user else caller.name or headers[0][1].decode()
 
 
 def _pinned(terms: RouteTerms, route: str, version: str) -> RouteTerms:

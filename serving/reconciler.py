@@ -192,7 +192,9 @@ class Reconciler:
         public = {model: Route(name, self.engine) for model, name in decision.live.items()}
         away = {name: replace(each, want=partial(self.board.want, name)) for name, each in decision.away.items()}
         splits = {
-            model: Split(public[model], Route(each.name, self.engine), each.percent, f"{model}-{each.id}")
+            model: Split(
+                public[model], Route(each.name, self.engine), each.percent, f"{model}-{each.id}", each.terms.by
+            )
             for model, each in decision.canaries.items()
         }
         both = {**named, **public}

@@ -60,9 +60,10 @@ class Split:
     new: Route
     percent: float
     salt: str
+    by: str = "user"
 
     def pick(self, subject: str) -> Route:
-        """By a stable hash of who asks (a user or a conversation)."""
+        """By a stable hash of who asks: what `Ask.subject` says of `by`."""
         hashed = hashlib.sha256(f"{self.salt}:{subject}".encode(errors="replace")).digest()
         return self.new if int.from_bytes(hashed[:8]) / 2**64 * 100 < self.percent else self.stable
 

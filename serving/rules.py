@@ -143,6 +143,15 @@ def last_message(request: Mapping[str, Any]) -> str:
     return " ".join(texts_of(request))
 
 
+def first_message(request: Mapping[str, Any]) -> str:
+    """Text of the first user message; '' of a completion, which is no conversation."""
+    messages = request.get("messages")
+    if not isinstance(messages, list):
+        return ""
+    first = next((each for each in messages if isinstance(each, dict) and each.get("role") == "user"), {})
+    return " ".join(_texts(first.get("content")))
+
+
 def texts_of(request: Mapping[str, Any]) -> list[str]:
     """All text of a prompt: of messages, a prompt, or the input of embeddings."""
     messages = request.get("messages")

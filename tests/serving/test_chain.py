@@ -71,7 +71,7 @@ class Line:
         told = told or Told()
         asked = {"model": "tickets", "messages": [{"role": "user", "content": "hi"}], **request}
         ask = Ask(CHAT, asked, "tickets", "tickets", RouteTerms.model_validate(terms or {"model": "tickets"}), False,
-                  "someone", [(b"x-request-id", b"r-1")])  # fmt: skip
+                  [(b"x-request-id", b"r-1")], user="someone")  # fmt: skip
         await self.chain.answer(ask, told.send)
         assert not self.board.in_flight
         return told
@@ -314,7 +314,7 @@ def test_a_request_that_waited_in_vain_is_told_how_far_its_engine_is() -> None:
         told, headers = Told(), [(b"x-request-id", b"r")]
         terms = RouteTerms.model_validate({"engine": "ours"})
         with pytest.raises(Refusal) as caught:
-            await here.chain.answer(Ask(CHAT, {}, "t", "t", terms, False, "s", headers), told.send)
+            await here.chain.answer(Ask(CHAT, {}, "t", "t", terms, False, headers, user="s"), told.send)
         assert (caught.value.status, caught.value.code) == (503, "engine_away")
         assert dict(headers)[b"x-ft-engine"].startswith(b"starting; eta=")
 
@@ -350,7 +350,7 @@ def test_a_full_route_begins_with_its_fallbacks() -> None:
     async def test(here: Line) -> None:
         told = Told()
         terms = RouteTerms.model_validate(WITH_BIG)
-        ask = Ask(CHAT, {"model": "tickets"}, "tickets", "tickets", terms, False, "s", [])
+        ask = Ask(CHAT, {"model": "tickets"}, "tickets", "tickets", terms, False, [], user="s")
         await here.chain.answer(ask, told.send, skip=1)
         assert told.headers["x-ft-adapter"] == "engine:big/big-70b"
         assert not here.ours.seen
@@ -369,7 +369,9 @@ def test_a_route_without_a_place_left_has_its_fallbacks() -> None:
         here.ours.faults = ["hang"]
 
         async def ask(told: Told, terms: RouteTerms) -> None:
-            asked = Ask(CHAT, {"model": "tickets"}, "tickets", "tickets", terms, False, "s", [(b"x-request-id", b"r")])
+            asked = Ask(
+                CHAT, {"model": "tickets"}, "tickets", "tickets", terms, False, [(b"x-request-id", b"r")], user="s"
+            )
             await gateway._counted(asked, told.send)
 
         first, second = Told(), Told()

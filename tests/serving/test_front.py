@@ -306,21 +306,31 @@ def test_a_route_whose_name_is_a_models_too_wins() -> None:
     in_front(test, policy=policy())
 
 
-def test_a_conversation_stays_with_one_version() -> None:
+@pytest.mark.parametrize("by", ["user", "conversation", "request"])
+def test_who_stays_with_one_version_of_a_canary_is_what_its_rollout_says(by: str) -> None:
     async def test(here: Front) -> None:
         routes = here.routes()
         old, new = routes.public["tickets"], routes.public["tickets@1"]
-        here.board.put("engine", replace(routes, splits={"tickets": Split(old, new, 50.0, "salt")}))
+        here.board.put("engine", replace(routes, splits={"tickets": Split(old, new, 50.0, "salt", by)}))
 
-        async def versions(body: dict[str, Any], **headers: str) -> set[str]:
-            got = [await here.post({"model": "tickets", **HELLO, **body}, **headers) for _ in range(4)]
+        async def versions(*bodies: dict[str, Any], conversation: str = "") -> set[str]:
+            headers = {"X-FT-Conversation": conversation} if conversation else {}
+            got = [await here.post({"model": "tickets", **HELLO, **body}, **headers) for body in bodies for _ in "123"]
             return {each[1]["x-ft-adapter"] for each in got}
 
-        for n in range(6):
-            assert len(await versions({"user": f"u-{n}"})) == 1
-            assert len(await versions({}, **{"X-FT-Conversation": f"c-{n}"})) == 1
-        by_conversation = [await versions({"user": "u-1"}, **{"X-FT-Conversation": f"c-{n}"}) for n in range(12)]
-        assert set.union(*by_conversation) == {"tickets@1", "tickets@2"}
+        def talk(first: str, *more: str) -> dict[str, Any]:
+            said = [{"role": "user", "content": each} for each in (first, *more)]
+            return {"messages": [{"role": "system", "content": "be kind"}, *said]}
+
+        users = [await versions({"user": f"u-{n}"}, {"user": f"u-{n}", **talk("else")}) for n in range(8)]
+        told = [await versions({"user": "u"}, conversation=f"c-{n}") for n in range(8)]
+        talks = [await versions(talk(f"q-{n}"), talk(f"q-{n}", "go on")) for n in range(8)]
+        both = {"tickets@1", "tickets@2"}
+        assert all(len(each) == 1 for each in users) == (by == "user")
+        assert all(len(each) == 1 for each in told) == (by != "request")
+        assert (set().union(*told) == both) == (by != "user")
+        assert all(len(each) == 1 for each in talks) == (by == "conversation")
+        assert set().union(*users) == set().union(*talks) == both
 
     in_front(test)
 

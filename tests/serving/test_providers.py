@@ -257,7 +257,7 @@ async def settled(engines: RemoteEngines, name: str) -> Routes:
 
 def ask(terms: RouteTerms, **more: Any) -> Ask:
     request = {"model": "tickets", "messages": [], **more}
-    return Ask(CHAT, request, "tickets", "tickets", terms, False, "someone", [])
+    return Ask(CHAT, request, "tickets", "tickets", terms, False, [], user="someone")
 
 
 async def label(chain: Chain, terms: RouteTerms) -> str:

@@ -271,7 +271,9 @@ def test_embeddings_are_no_answers() -> None:
     async def test(here: Line) -> None:
         asked, told = {"model": "tickets", "input": "x"}, Told()
         terms = RouteTerms.model_validate(held())
-        await here.chain.answer(Ask("/v1/embeddings", asked, "tickets", "tickets", terms, False, "s", []), told.send)
+        await here.chain.answer(
+            Ask("/v1/embeddings", asked, "tickets", "tickets", terms, False, [], user="s"), told.send
+        )
         assert told.status == 200
         assert "response_format" not in here.ours.seen[0][1]
 
