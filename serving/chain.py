@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from registry.durations import seconds
+from registry.serve_recipe import RouteTerms
 from serving.ask import Ask
 from serving.breakers import BOUNDS, Bounds, Breaker, Breakers, State, Ticket
 from serving.http_messages import Refusal, Send
@@ -91,6 +92,21 @@ class Chain:
             except Unanswered as error:
                 turn.failed[place] = error
         await self._ask_again(turn)
+
+    def can_answer(self, route: str, terms: RouteTerms) -> bool:
+        """Is there somebody to ask, or an engine that comes when it is wanted? Breakers are not asked."""
+        ask = Ask("", {}, route, route, terms, False, [(b"", b"")])
+        targets = targets_of(terms, self.providers.default if self.providers else "local")
+        return any(self._is_there(ask, target) for target in targets)
+
+    def _is_there(self, ask: Ask, target: Target) -> bool:
+        try:
+            found = self._found(ask, target)
+        except Unanswered:
+            return False
+        if isinstance(found, Away):
+            return bool(found.engine) and found.hold
+        return found.engine.local or not ask.terms.local_only
 
     async def _ask(self, turn: Turn, place: int) -> None:
         """Ask one candidate. Raises Unanswered."""

@@ -13,6 +13,9 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
+
+from pydantic import ValidationError
 
 from registry.errors import RecipeError
 from registry.gateways import GatewayRow
@@ -21,10 +24,11 @@ from registry.leases import clock
 from registry.project import Project
 from registry.recipe import expand
 from registry.serve_recipe import ServeRecipe
+from registry.served_routes import NONE
 from registry.settings import Settings
 from registry.store import Store, open_store
 from serving.engine import Engine
-from serving.following import Follower
+from serving.following import Follower, read
 from serving.kept_gateway import ENDPOINTS, KeptGateway
 from serving.leased import CUT_OFF, Leased
 from serving.listening import calm_collector, http_server, listen, loop_factory, url_of
@@ -96,10 +100,11 @@ class GatewayOnly:
             await each.close()
 
     def _kept(self) -> KeptGateway:
-        """The recipe comes with the first routes; the store is another than the follower's, which may be given up."""
+        """The store is another than the follower's, which may be given up. The recipe of now, if there is one: by its
+        objectives the bounds of the histograms are made, once; later ones come with the routes."""
         key = self.settings.internal_key or read_keys(self.project).get("internal_key") or secrets.token_urlsafe(32)
         store, name = open_store(self.project), f"{host_name()}-{os.getpid()}"
-        return KeptGateway(self.project, store, self.settings, self.board, key, None, name)
+        return KeptGateway(self.project, store, self.settings, self.board, key, _published_recipe(store), name)
 
     def _opened(self) -> Store:
         """At first the store that is open already, afterwards a new one: the one before is given up."""
@@ -107,7 +112,7 @@ class GatewayOnly:
         return store or open_store(self.project)
 
     def _put(self, published: Published) -> None:
-        recipe = ServeRecipe.model_validate(published.recipe) if published.recipe else None
+        recipe = _recipe_of(published)
         if self.kept:
             self.kept.put(recipe)
         upstreams, demand = self._upstreams(published, recipe), self.board.demand
@@ -161,6 +166,17 @@ class GatewayOnly:
         while True:
             self._show()
             await asyncio.sleep(max(self.follower.lease.end - clock(), LEASE_STEP_SECONDS))
+
+
+def _published_recipe(store: Store) -> ServeRecipe | None:
+    with suppress(ValidationError):  # a newer version's: following says so, again and again
+        found = read(store, NONE)
+        return _recipe_of(found.published) if found else None
+    return None
+
+
+def _recipe_of(published: Published) -> ServeRecipe | None:
+    return ServeRecipe.model_validate(published.recipe) if published.recipe else None
 
 
 def _key_of(url: str, engine: PublishedEngine, recipe: ServeRecipe | None, ours: str) -> str | None:

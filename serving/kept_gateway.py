@@ -14,6 +14,7 @@ from registry.errors import StoreError, Trouble
 from registry.events import Event, append_all
 from registry.objectives import Objectives
 from registry.project import Project
+from registry.request_log_terms import RequestLog
 from registry.serve_recipe import ServeRecipe
 from registry.settings import Settings
 from registry.store import Store
@@ -56,16 +57,20 @@ class KeptGateway:
         self.judge = Judge(objectives_of(recipe), time.monotonic(), broken_in_log(store, name))
         self.metrics = Metrics(*self._names(), _latencies(recipe), self.judge)
         self.inbox = Inbox(store)
-        self.log = _log_file(project, recipe, name, self.metrics)
+        self.project, self.log = project, _log_file(project, recipe, name, self.metrics)
+        board.demand.engines = recipe.engines if recipe else {}
         self.app = Gateway(
             board, internal_key, chain=Chain(board, providers=self.outside.providers, counts=self.metrics),
             policy=self._policy(), callers=self.callers,
             hooks=Hooks(self.metrics, self.inbox.append, self._write_down if self.log else None),
         )  # fmt: skip
+        self._closing: set[asyncio.Future[None]] = set()
 
     def put(self, recipe: ServeRecipe | None) -> None:
         """Answer by this recipe from now on."""
         if recipe != self.recipe:
+            if _log_terms(recipe) != _log_terms(self.recipe):
+                self._put_log(recipe)
             self.recipe = recipe
             self.app.policy = self._policy()
             self.outside.serve(recipe)
@@ -89,7 +94,17 @@ class KeptGateway:
         await self.endpoints.close()
         if self.log:
             await asyncio.to_thread(self.log.close)
+        await asyncio.gather(*self._closing)
         await asyncio.to_thread(self.inbox.close)
+
+    def _put_log(self, recipe: ServeRecipe | None) -> None:
+        """A gateway beside the leading server has its recipe from there, after it began."""
+        if self.log:
+            closing = asyncio.get_running_loop().run_in_executor(None, self.log.close)
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        self.log = _log_file(self.project, recipe, self.name, self.metrics)
+        self.app.hooks.log = self._write_down if self.log else None
 
     def _policy(self) -> Policy:
         return Policy.of(self.recipe, beyond_loopback=not is_loopback(self.settings.gateway_host))
@@ -124,8 +139,8 @@ class KeptGateway:
             await asyncio.sleep(KEYS_SECONDS)
 
     def _answering(self) -> dict[str, bool]:
-        public = self.app.policy.public(self.board.routes)
-        return {name: bool(public.get(name)) for name in objectives_of(self.recipe)}
+        """Of each route of the recipe: can it be answered now, by whomever?"""
+        return {name: self.app.chain.can_answer(name, terms) for name, terms in self.app.policy.routes.items()}
 
     def _append(self, events: Sequence[Event]) -> None:
         append_all(self.store, events)
@@ -151,9 +166,14 @@ def _latencies(recipe: ServeRecipe | None) -> list[float]:
     return [each.limits["p95"] for each in objectives_of(recipe).values() if each.p95]
 
 
+def _log_terms(recipe: ServeRecipe | None) -> RequestLog | None:
+    return recipe.log if recipe and recipe.log.on else None
+
+
 def _log_file(project: Project, recipe: ServeRecipe | None, name: str, metrics: Metrics) -> RequestLogFile | None:
     """One file for each gateway: two that rotate one file would lose lines."""
-    if recipe is None or not recipe.log.on:
+    terms = _log_terms(recipe)
+    if terms is None:
         return None
     project.logs.mkdir(parents=True, exist_ok=True)
-    return RequestLogFile(recipe.log, project.logs / f"requests{'-' + name if name else ''}.jsonl", metrics.dropped)
+    return RequestLogFile(terms, project.logs / f"requests{'-' + name if name else ''}.jsonl", metrics.dropped)
