@@ -14,6 +14,7 @@ class FleetFigures:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._starts: dict[str, int] = {}
+        self._failed: dict[str, int] = {}
         self._swapped: dict[str, float] = {}
         self._refused: set[tuple[str, str]] = set()
 
@@ -32,6 +33,10 @@ class FleetFigures:
         if engine.start == "demand" and engine.state == "serving" and engine.starts > self._starts.get(name, 0):
             self._starts[name] = engine.starts
             self._metrics.started(name, engine.start_seconds or 0.0)
+        if engine.start == "demand":
+            for _ in range(engine.failed_starts - self._failed.get(name, 0)):
+                self._metrics.started(name, 0.0, ok=False)
+            self._failed[name] = engine.failed_starts
 
     def _count_swaps(self, name: str, engine: EngineStatus) -> None:
         last = self._swapped.get(name, 0.0)

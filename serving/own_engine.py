@@ -54,7 +54,7 @@ class OwnEngine:
         self.failures, self.unwell, self.not_before = 0, 0, 0.0
         self.state: EngineState = "starting"
         self.reason = ""
-        self.starts = 0
+        self.starts = self.failed_starts = 0
         self._watching: asyncio.Task[None] | None = None
 
     async def prepare(self) -> None:
@@ -119,6 +119,7 @@ class OwnEngine:
             url=vllm.engine.url if vllm else "",
             pid=vllm.pid if vllm else None,
             starts=self.starts,
+            failed_starts=self.failed_starts,
             start_seconds=self.demand.start_seconds.get(self.name),
             progress=self.demand.progress(self.name) if self.on_demand else "",
             routes={name: route.adapter for name, route in public if "@" not in name},
@@ -198,7 +199,8 @@ class OwnEngine:
         try:
             async with self.card.start_alone():
                 self.vllm = await start_vllm(site.project, site.settings, self.config, self.lock)
-        except BaseException:
+        except BaseException as error:
+            self.failed_starts += isinstance(error, FtError)
             self._release()
             raise
         self._begin(self.vllm)

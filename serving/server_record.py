@@ -62,6 +62,7 @@ class EngineStatus:
     url: str = ""
     pid: int | None = None
     starts: int = 0
+    failed_starts: int = 0
     start_seconds: float | None = None
     progress: str = ""
     loaded: list[str] = field(default_factory=list)

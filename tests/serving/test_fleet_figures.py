@@ -29,5 +29,9 @@ def test_starts_swaps_and_refusals_count_once() -> None:
         'ft_on_demand_start_seconds_sum{engine="main"} 21.0',
     ):  # fmt: skip
         assert expected in lines, expected
+    assert 'outcome="failed"' not in metrics.text().decode()
+    for _ in range(2):
+        figures.look({"main": replace(OFF, failed_starts=2)})
+    assert 'ft_on_demand_starts_total{engine="main",outcome="failed"} 2.0' in metrics.text().decode()
     figures.look({"main": replace(up, state="engine restarting")})
     assert 'ft_engine_up{engine="main"} 0.0' in metrics.text().decode()
