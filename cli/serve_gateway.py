@@ -43,7 +43,8 @@ def gateways(as_json: AsJson = False) -> None:
     store = open_store(find_project())
     lead, served, found = leader(store), newer(store, 0), rows(store)
     if as_json:
-        there = [{**vars(each), "in_flight": sorted(each.in_flight)} for each in found]
+        sets = ("in_flight", "wanted", "used")
+        there = [{**vars(each), **{name: sorted(getattr(each, name)) for name in sets}} for each in found]
         shown = None if lead is None else {"host": lead.host, "epoch": lead.epoch, "since": lead.since}
         print_json({"leader": shown, "generation": served.generation if served else 0, "gateways": there})
         return

@@ -17,6 +17,8 @@ from registry.recipe import NAME
 from registry.store import Connection, Store
 
 PREFIX = "ft-"
+# What figures and the log call the internal key, nobody's key, and one that they do not know.
+RESERVED = frozenset({"internal", "none", "other"})
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -44,6 +46,8 @@ def add_key(
     """
     if not re.fullmatch(NAME, name):
         raise WrongInput(f"not a name: {name[:80]!r}", place="key", fix="small letters, digits, '.', '_' and '-'")
+    if name in RESERVED:
+        raise WrongInput(f"'{name}' has a meaning of its own in figures and logs", place="key", fix="choose another")
     key = PREFIX + secrets.token_urlsafe(32)
     with store.writing() as connection:
         if _row(connection, name):

@@ -22,6 +22,7 @@ from registry.request_log_terms import RequestLog
 
 Name = Annotated[str, Field(pattern=NAME)]
 ANY_NAME = "auto"
+A_VARIABLE = re.compile(r"\$\{\w+\}")
 
 
 class Volume(Part):
@@ -69,8 +70,13 @@ class EngineTerms(Part):
             raise ValueError("an engine has a `base` (ours) or a `url` (somebody's)")
         if self.url is None and (self.key or self.as_):
             raise ValueError("`key` and `as` belong to an engine with a `url`")
+        if self.key and not A_VARIABLE.fullmatch(self.key):
+            # The recipe goes into the database, to other gateways, and onto the server's command line.
+            raise ValueError("a key is not written out in a recipe: write `key: ${BIG_KEY}`, and set BIG_KEY in .env")
         if self.url is not None and self.start == "demand":
             raise ValueError("an engine with a `url` is not ours to start")
+        if self.volume is not None and self.start != "demand":
+            raise ValueError("`volume` starts an engine with `start: demand`; this one is always up")
         if self.max_cpu_loras < self.max_loras:
             raise ValueError("max_cpu_loras is at least max_loras")
         return self
@@ -151,6 +157,8 @@ class RouteTerms(Part):
             raise ValueError("`provider: openai` needs OpenAI's model: `openai: gpt-4o-mini`")
         if not (self.model or self.engine or self.openai):
             raise ValueError("say where it leads: `model`, `engine` or `openai`")
+        if self.unjudged and not self.model:
+            raise ValueError("`unjudged` is about versions of a registered model: say which with `model`")
         return self
 
 

@@ -6,7 +6,6 @@ serve recipe, where each gateway finds them itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -19,7 +18,6 @@ from registry.store import dump
 from serving.engine import Engine
 from serving.routes import Away, Route, Routes, Split, Upstream
 
-A_VARIABLE = re.compile(r"\$\{\w+\}")
 Terms = dict[str, Any]
 # Of a name that is away: it comes when somebody wants it.
 COMES = "comes"
@@ -100,7 +98,7 @@ def write_published(
         closed=dict(routes.closed),
         splits=kept(routes.splits),
         named=kept(routes.engines),
-        recipe=_without_keys(recipe),
+        recipe=recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True) if recipe else None,
     )
     return dump(body.model_dump(mode="json", by_alias=True))
 
@@ -172,14 +170,3 @@ def _name_of(engine: Upstream, routes: Routes, recipe: ServeRecipe | None) -> st
         if isinstance(each, Route) and each.engine is engine and terms and terms.url:
             return name
     return ""
-
-
-def _without_keys(recipe: ServeRecipe | None) -> dict[str, Any] | None:
-    """A key that is written out in the recipe does not go into the database; `${NAME}` does."""
-    if recipe is None:
-        return None
-    body = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    for terms in body["engines"].values():
-        if "key" in terms and not A_VARIABLE.fullmatch(terms["key"] or ""):
-            del terms["key"]
-    return body

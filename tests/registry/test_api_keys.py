@@ -47,7 +47,7 @@ def test_a_forgotten_key_has_never_been(store: Store) -> None:
         forget_key(store, "shop")
 
 
-@pytest.mark.parametrize("name", ["", "Two Words", "a/b", "ü", "a" * 300, "x\ny"])
+@pytest.mark.parametrize("name", ["", "Two Words", "a/b", "ü", "a" * 300, "x\ny", "internal"])
 def test_a_name_is_a_plain_one(store: Store, name: str) -> None:
     with pytest.raises(WrongInput):
         add_key(store, name, routes=None, rate=None, by_whom="kim")

@@ -54,6 +54,12 @@ def test_a_serve_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
         (("local_only: true", "local_only: true, openai: gpt-4o"), "local_only forbids OpenAI"),
         (("pin: [support]", "pins: [support]"), "engines.main.pins: unknown key; did you mean 'pin'?"),
         (("{base: mistralai/Mistral-7B-Instruct-v0.3, card", "{card"), "an engine has a `base` (ours) or a `url`"),
+        (('key: "${BIG_KEY}"', "key: sk-123"), "a key is not written out in a recipe"),
+        (("{base: mistralai", "{volume: {requests: 2}, base: mistralai"), "this one is always up"),
+        (
+            ("engine: main, local", "engine: main, unjudged: true, local"),
+            "`unjudged` is about versions of a registered model",
+        ),
         (("limits: {max_tokens: 512}", "limits: {max_tokens: 0}"), "routes.support.limits.max_tokens"),
     ],
 )

@@ -467,7 +467,7 @@ def test_published_routes_come_back_as_they_were_and_have_no_key_in_them() -> No
             )  # fmt: skip
             terms = {
                 "desk": {"base": {"model": "org/small@main"}},
-                "far": {"url": "http://two", "key": "secret-2"},
+                "far": {"url": "http://two"},
                 "near": {"url": "http://three", "key": "${NEAR_KEY}"},
             }
             recipe = ServeRecipe.model_validate({"kind": "serve", "name": "house", "engines": terms})
