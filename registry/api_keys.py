@@ -17,8 +17,8 @@ from registry.recipe import NAME
 from registry.store import Connection, Store
 
 PREFIX = "ft-"
-# What figures and the log call the internal key, nobody's key, and one that they do not know.
-RESERVED = frozenset({"internal", "none", "other"})
+# What figures, the log and remembered answers call the internal key.
+RESERVED = frozenset({"internal"})
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 

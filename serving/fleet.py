@@ -84,15 +84,16 @@ class Fleet:
     async def _turns(self) -> None:
         while True:
             for card in self.cards.values():
-                self._turn(card)
+                # Files, behind a lock: not in the loop in which requests are answered.
+                self._turn(card, evaluated=await asyncio.to_thread(card.evaluation_waits))
             await asyncio.sleep(TURN_SECONDS)
 
-    def _turn(self, card: SharedCard) -> None:
+    def _turn(self, card: SharedCard, *, evaluated: bool) -> None:
         """Who is always up starts and restarts by itself, so only those on demand are told."""
         engines = [each for each in self.own.values() if each.card is card]
         if not any(each.on_demand for each in engines):
             return
-        found = decide([each.stand() for each in engines], card.plan.room, time.monotonic())
+        found = decide([each.stand(evaluated=evaluated) for each in engines], card.plan.room, time.monotonic())
         told = {each.name: each for each in engines if each.on_demand}
         for name in found.start:
             if name in told:

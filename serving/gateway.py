@@ -269,7 +269,8 @@ class Gateway:
         routes = self.board.routes
         # One model that was refused is no reason to take the whole gateway out of service.
         on_demand = any(each.engine for each in routes.away.values())  # off is as it should be
-        status = 200 if routes.internal or routes.public or self.policy.elsewhere or on_demand else 503
+        by_recipe = (self.chain.can_answer(name, terms) for name, terms in self.policy.routes.items())
+        status = 200 if routes.internal or routes.public or on_demand or any(by_recipe) else 503
         body: dict[str, Any] = {"status": "ok" if status == 200 else "away", "generation": routes.generation}
         if is_here(scope):  # they name models, and strangers need no key here
             body["reasons"] = sorted({each.reason for each in routes.away.values()})

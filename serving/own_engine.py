@@ -78,12 +78,11 @@ class OwnEngine:
     async def close(self) -> None:
         await self._stop_engine()
 
-    def stand(self) -> Stand:
-        """How it stands on its card, for `turns.decide`."""
+    def stand(self, *, evaluated: bool) -> Stand:
+        """How it stands on its card, for `turns.decide`. `evaluated`: an evaluation wants the card."""
         upstream = self.vllm.engine if self.vllm else None
         board, now = self.site.board, time.monotonic()
         # An evaluation asks the engine past the gateway: as long as it does, another's turn has to wait.
-        evaluated = self.card.evaluation_waits()
         residence = max(seconds(self.terms.residence), now - self.since + EVALUATION_SECONDS if evaluated else 0.0)
         return Stand(
             name=self.name,
@@ -144,7 +143,7 @@ class OwnEngine:
 
     async def _round(self) -> None:
         rank = engine_rank(await asyncio.to_thread(rank_needed, self.site.store, self.config.base))
-        if self.card.training_waits():
+        if await asyncio.to_thread(self.card.training_waits):
             await self._give_way()
         elif not self.on:
             await self._go()

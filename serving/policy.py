@@ -49,11 +49,6 @@ class Policy:
         """Of any route: which one it is, only the body tells. Bytes."""
         return int(max([self.limits.body_mb, *(each.limits.body_mb for each in self.routes.values())]) * (1 << 20))
 
-    @property
-    def elsewhere(self) -> bool:
-        """Can a route be answered without an engine of ours?"""
-        return any(terms.openai for terms in self.routes.values())
-
     def led(self, question: Question) -> tuple[str, int, str]:
         """(route, number of the rule or 0, why)."""
         if self.rules.concern(question.name) and (chosen := self.rules.choose(question)):

@@ -13,21 +13,17 @@ from registry import rollouts
 from registry.errors import StoreError
 from registry.rollouts import Rollout
 from registry.store import Store
-from serving.rollout_watch import ArmCounts, Judged, Ratings, Seen, judge
+from serving.rollout_watch import ArmCounts, Ratings, Seen, judge
 from serving.routes import Board
 
 EVERY_SECONDS = 2.0
 
 
 class RolloutKeeper:
-    """`look` is called in every round; `judged` is what was last said of each model's rollout.
-
-    `decides`: not in a gateway beside the one whose reconciler does; it only counts.
-    """
+    """`look` is called in every round. `decides`: a gateway beside the one whose reconciler does only counts."""
 
     def __init__(self, store: Store, board: Board, every: float = EVERY_SECONDS, *, decides: bool = True) -> None:
         self.store, self.board, self.every, self.decides = store, board, every, decides
-        self.judged: dict[str, Judged] = {}
         # Of each rollout: its step, and until when (time.monotonic) it has been written down.
         self._written: dict[int, tuple[int, float]] = {}
 
@@ -68,7 +64,6 @@ class RolloutKeeper:
     def _decide(self, rollout: Rollout) -> None:
         rollout = rollouts.get(self.store, rollout.id)
         judged = judge(rollout.terms, rollout.step, rollout.held, seen_of(self.store, rollout))
-        self.judged[rollout.model] = judged
         if judged.outcome == "roll back":
             rollouts.roll_back(self.store, rollout, judged.reason, judged.numbers)
         elif judged.outcome in ("advance", "finish"):

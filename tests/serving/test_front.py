@@ -19,7 +19,7 @@ from serving.gateway import ANSWERS, Hooks
 from serving.inbox import Inbox
 from serving.metrics import Metrics
 from serving.policy import Policy
-from serving.routes import Routes, Split
+from serving.routes import Away, Routes, Split
 from tests.serving.test_gateway import CHAT, KEY, Front, error_of, in_front
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -184,6 +184,18 @@ def test_a_recipe_that_wants_keys_gets_them() -> None:
             assert got.status == 200
 
     in_front(test, policy=policy(keys="required"))
+
+
+def test_a_gateway_whose_engines_are_all_elsewhere_is_well_while_one_of_them_answers() -> None:
+    async def test(here: Front) -> None:
+        found = []
+        for main in (here.routes().public["tickets"], Away("it does not answer")):
+            here.board.put("engine", Routes(engines={"main": main}))
+            async with here.session.get(here.url + "/health") as got:
+                found.append(got.status)
+        assert found == [200, 503]
+
+    in_front(test, policy=policy())
 
 
 def test_a_full_route_says_when_to_come_again_and_a_caller_that_goes_frees_its_place() -> None:
