@@ -7,6 +7,7 @@ A caller's key never goes there and ours never comes back: the session carries i
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from typing import Any
@@ -23,6 +24,7 @@ from serving.routes import Route, Upstream
 
 # What worker-vllm answers with status 200 when its vLLM has refused.
 INNER = re.compile(r"vLLM returned HTTP (\d{3}): (.*)", re.DOTALL)
+LOG = logging.getLogger("ft.gateway")
 OURS = {401: "ft's RunPod key", 403: "ft's RunPod key", 402: "the RunPod account's credit", 404: "the endpoint itself"}
 
 
@@ -112,13 +114,19 @@ def _of_worker(said: dict[str, Any], body: dict[str, Any]) -> Refusal | None:
     message = str(said.get("message", ""))
     inner = INNER.match(message)
     if inner is None:
-        return Refusal(503, f"the endpoint's worker failed: {message[:500]}", "endpoint_away", retry_after=10)
+        return _failed("worker", message)
     told = _json(inner[2].encode()).get("error")
     text = str(told.get("message")) if isinstance(told, dict) else inner[2][:500]
     status = int(inner[1])
     if 400 <= status < 500:
         return Refusal(status, text, "endpoint_refused")
-    return Refusal(503, f"the endpoint's engine failed: {text}", "endpoint_away", retry_after=10)
+    return _failed("engine", text)
+
+
+def _failed(part: str, said: str) -> Refusal:
+    """What it said has had its own address, and pieces of a traceback: that is for the log alone."""
+    LOG.warning("an endpoint's %s failed: %s", part, said[:500])
+    return Refusal(503, f"the endpoint's {part} failed", "endpoint_away", retry_after=10)
 
 
 def _is_of_vllm(said: Any) -> bool:

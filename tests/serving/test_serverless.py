@@ -561,3 +561,5 @@ def test_what_the_platform_says_is_turned_into_openais_form(
     assert (found.status if found else None, found.code if found else "") == (told, code)
     if found and code == "endpoint_refused":
         assert found.message == "too long"
+    elif found:  # its own words may have addresses in them
+        assert not any(word in found.message for word in ("boom", "process", "oops", "workers.max"))
