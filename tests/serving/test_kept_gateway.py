@@ -12,10 +12,14 @@ import pytest
 
 from registry.project import Project
 from registry.serve_recipe import ServeRecipe
+from registry.served_routes import publish
+from registry.serving_lead import take_lead
 from registry.settings import Settings
 from registry.store import Store
 from serving.engine import Engine
+from serving.gateway_only import _published_recipe
 from serving.kept_gateway import KeptGateway
+from serving.published import write_published
 from serving.routes import Away, Board, Route, Routes
 
 CHAT = "/v1/chat/completions"
@@ -91,3 +95,23 @@ def test_a_route_is_up_if_anybody_can_answer_it(
             assert {name for name, is_up in kept._answering().items() if is_up} == {"alone", "helped", "tickets"}
 
     asyncio.run(test())
+
+
+def test_a_gateway_that_comes_later_has_the_bounds_of_the_published_objectives(project: Project, store: Store) -> None:
+    assert _published_recipe(store) is None
+    routes = {"tickets": {"model": "tickets", "objectives": {"p95": "770ms"}}}
+    publish(
+        store, take_lead(store, "desk", 10, alone=True), write_published(Routes(), recipe_of(routes=routes), (), id_of)
+    )
+
+    async def test() -> None:
+        async with kept_gateway(project, store, _published_recipe(store)) as kept:
+            kept.metrics.begin("tickets", "").done(200)
+            assert 'le="0.77"' in kept.metrics.text().decode()
+            assert kept.board.demand.engines.keys() == {"small", "large"}
+
+    asyncio.run(test())
+
+
+def id_of(_: object) -> str:
+    return "start"
