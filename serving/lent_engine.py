@@ -16,11 +16,11 @@ from registry.errors import Trouble
 from registry.recipe import Serve, expand
 from registry.serve_recipe import EngineTerms, is_local
 from serving.engine import BASE, Engine
+from serving.engine_site import Site
 from serving.own_engine import HEALTH_SECONDS, POLL_SECONDS
 from serving.reconciler import Reconciler, nothing_answers, wanted_models
 from serving.routes import Away, Route, Routes
 from serving.server_record import EngineState, EngineStatus
-from serving.site import Site
 from serving.vllm_process import EngineConfig
 
 ELSEWHERE = "elsewhere"
