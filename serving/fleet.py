@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
+from serving.engine_site import Site
 from serving.lent_engine import LentEngine
 from serving.moves import watching_moves
 from serving.own_engine import OwnEngine
 from serving.server_record import EngineStatus
 from serving.shared_card import SharedCard
-from serving.site import Site
 from serving.to_serve import ToServe, config_of
 from serving.turns import decide
 

@@ -15,11 +15,11 @@ from registry.errors import Trouble
 from registry.recipe import Serve, expand
 from registry.serve_recipe import EngineTerms, is_local
 from serving.engine import BASE, Engine
+from serving.engine_site import Site, itself
 from serving.own_engine import HEALTH_SECONDS, POLL_SECONDS
 from serving.reconciler import Reconciler
 from serving.routes import Away, Route, Routes
 from serving.server_record import EngineState, EngineStatus
-from serving.site import Site, itself
 from serving.vllm_process import EngineConfig
 
 ELSEWHERE = "elsewhere"

@@ -16,11 +16,11 @@ from registry.durations import seconds
 from registry.errors import EngineError, FtError
 from registry.serve_recipe import EngineTerms
 from serving.engine import BASE
+from serving.engine_site import Site, itself
 from serving.reconciler import Reconciler, rank_needed
 from serving.routes import Away, Route, Routes
 from serving.server_record import EngineState, EngineStatus
 from serving.shared_card import SharedCard
-from serving.site import Site, itself
 from serving.turns import Place, Stand
 from serving.vllm_process import EngineConfig, VllmProcess, engine_rank, start_vllm
 

@@ -31,6 +31,7 @@ from registry.serving_lead import Lead, take_lead
 from registry.settings import Settings, load_settings
 from registry.store import Store, open_store
 from serving.demand import Demand
+from serving.engine_site import Site
 from serving.fleet import Fleet
 from serving.fleet_figures import FleetFigures
 from serving.kept_gateway import ENDPOINTS, KeptGateway
@@ -49,7 +50,6 @@ from serving.server_record import (
     only_server,
     write_status,
 )
-from serving.site import Site
 from serving.to_serve import ToServe, refuse_cards, with_bases
 
 HEARTBEAT_SECONDS = 1.0

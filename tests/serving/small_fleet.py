@@ -24,9 +24,9 @@ from registry.serve_recipe import ServeRecipe
 from registry.settings import Settings
 from registry.store import Store
 from serving.demand import Demand
+from serving.engine_site import Site
 from serving.fleet import Fleet
 from serving.routes import Board, Route
-from serving.site import Site
 from serving.to_serve import ToServe
 from tests.conftest import ROOT
 from tests.fakes.adapter_folder import make_adapter, save_weights

@@ -21,9 +21,8 @@ import pytest
 from registry import events
 from registry.cards import marker, try_lock
 from registry.errors import AdmissionError
-from serving.control import engine_for, server_status, stop_server
+from serving.control import engine_for
 from serving.engine import BASE
-from serving.server_record import is_gone
 from tests.serving.conftest import MODEL, SERVE, Served
 
 pytestmark = pytest.mark.engine
@@ -224,7 +223,7 @@ def test_a_killed_engine_comes_back_with_its_adapters(served: Served) -> None:
     assert b"[DONE]" not in rest
     refused = ask_once(served)
     assert (refused.status, refused.retry_after) == (503, "5")
-    wait_until(lambda: not _members(group), 20, "nothing of the killed engine is left")
+    wait_until(lambda: not members(group), 20, "nothing of the killed engine is left")
     wait_until(lambda: served.status.state == "serving" and bool(served.status.routes), 400, "restored")
     assert served.status.engine_starts == starts + 1
     answer = ask_once(served)
@@ -252,24 +251,11 @@ def test_the_card_is_given_to_training_and_taken_back_for_an_evaluation(served: 
     assert ask_once(served).word == "alpha"
 
 
-def test_no_engine_outlives_a_killed_server(served: Served) -> None:
-    status = served.status
-    assert status.engine_pid is not None
-    os.kill(status.pid, signal.SIGKILL)
-    wait_until(lambda: is_gone(served.store), 10, "the server's lock is free")
-    assert server_status(served.store) is None
-    assert not stop_server(served.store, served.settings)
-    wait_until(lambda: not _members(status.engine_pid), 30, "its engine has ended")
-    lock = try_lock(served.project, served.card, "next")
-    assert lock is not None
-    lock.release()
-
-
 def _refusals(served: Served, name: str) -> list[events.Event]:
     return events.read(served.store, type_="adapter.refused", subject=name)
 
 
-def _members(group: int | None) -> list[int]:
+def members(group: int | None) -> list[int]:
     """Living processes of a process group."""
     found = []
     for each in Path("/proc").iterdir():
@@ -282,7 +268,7 @@ def _members(group: int | None) -> list[int]:
 
 def _vllm_of(keeper: int) -> int:
     """The keeper's child: vLLM's first process."""
-    return next(pid for pid in _members(keeper) if _stat(Path(f"/proc/{pid}"))[1] == str(keeper))
+    return next(pid for pid in members(keeper) if _stat(Path(f"/proc/{pid}"))[1] == str(keeper))
 
 
 def _stat(process: Path) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 from registry.errors import StoreError
 from registry.settings import Settings
 from serving.engine import Engine
+from serving.engine_site import Site, itself
 from serving.routes import Away, Board, Route, Routes
-from serving.site import Site, itself
 from tests.fakes.reconciled import make_site
 
 WHY = Away("its engine is restarting")

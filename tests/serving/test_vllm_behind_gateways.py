@@ -1,4 +1,7 @@
-"""A gateway beside a real server with a real vLLM: the server unloads nothing that the gateway still asks."""
+"""A gateway beside a real server with a real vLLM: the server unloads nothing that the gateway still asks.
+
+It comes behind test_swap.py, which counts the versions of the one server from 1, and before test_vllm_ends.py.
+"""
 
 from __future__ import annotations
 
