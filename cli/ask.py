@@ -42,7 +42,7 @@ def ask(
             )
             return
         print(version, file=sys.stderr, flush=True)
-        for part in _parts(answer) if stream else [_whole(answer)]:
+        for part in _parts(answer) if _is_stream(answer) else [_whole(answer)]:
             print(part, end="", flush=True)
         say("")
 
@@ -90,7 +90,12 @@ def _explained(status: int, raw: bytes) -> Exception:
 def _whole(answer: HTTPResponse) -> str:
     import json
 
-    return str(json.loads(answer.read())["choices"][0]["message"]["content"])
+    return str(json.loads(answer.read())["choices"][0]["message"].get("content") or "")
+
+
+def _is_stream(answer: HTTPResponse) -> bool:
+    """Some providers answer whole, though they were asked for a stream."""
+    return answer.headers.get_content_type() == "text/event-stream"
 
 
 def _parts(answer: HTTPResponse) -> Iterator[str]:

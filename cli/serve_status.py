@@ -88,7 +88,8 @@ def print_status(found: ServerStatus) -> None:
     say(f"{found.state}{': ' if found.reason else ''}{found.reason}")
     say(f"gateway {found.gateway_url}/v1 (pid {found.pid})")
     engines = found.all_engines()
-    table(["engine", "base", "card", "state"], [_engine_row(each) for each in engines])
+    rows = [*(_engine_row(each) for each in engines), *_elsewhere_rows(found)]
+    table(["engine", "base", "card", "state"], rows)
     for each in engines:
         if each.given_up:
             say(f"engine {each.name}: {'; '.join(each.given_up)}")
@@ -110,6 +111,15 @@ def _engine_row(engine: EngineStatus) -> list[str]:
     state = f"{told}: {engine.reason}" if engine.reason else told
     where = engine.url if engine.card == "elsewhere" else engine.card
     return [engine.name, f"{engine.base.get('source', '-')} ({engine.precision})", where, state]
+
+
+def _elsewhere_rows(found: ServerStatus) -> list[list[str]]:
+    terms = found.recipe.get("engines", {})
+    rows = [(name, terms.get(name, {}), why) for name, why in found.elsewhere.items()]
+    return [
+        [name, each.get("as") or "its own", each.get("url") or "", f"away: {why}" if why else "serving"]
+        for name, each, why in rows
+    ]
 
 
 def _parts(seconds: dict[str, float]) -> str:

@@ -86,9 +86,10 @@ def _refuse_another(running: ServerStatus, what: ToServe) -> None:
     here = {each.base["digest"] for each in running.all_engines()}
     if what.recipe.name == IMPLIED:  # `ft serve up MODEL`: any server that has an engine for it will do
         missing = [each.source for each in what.bases.values() if each.digest not in here]
-        other = f"is for {', '.join(each.base['source'] for each in running.all_engines())}, not {missing[0]}"
         if not missing:
             return
+        has = ", ".join(each.base["source"] for each in running.all_engines() if each.base) or "no base of ours"
+        other = f"is for {has}, not {missing[0]}"
     elif running.recipe == what.recipe.model_dump(mode="json", by_alias=True):
         return
     else:

@@ -68,7 +68,7 @@ def _place(to: RouteTerms | Target, champions: Mapping[str, str] | None) -> str:
         return f"OpenAI's {to.openai}"
     on = f" on engine {to.engine}" if to.engine else ""
     if to.model is None:
-        return f"{to.as_ or 'the base model'}{on}"
+        return f"{to.as_}{on}" if to.as_ else f"the model of engine {to.engine}"
     if champions is None:
         return f"{to.model}'s champion{on}"
     return f"{champions[to.model]}{on}" if to.model in champions else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -16,8 +17,8 @@ from typing import Any
 
 import aiohttp
 
-from registry.errors import RecipeError
 from registry.recipe import expand
+from registry.recipe_part import VARIABLE
 from registry.serve_recipe import EngineTerms, ServeRecipe, is_local
 from serving.engine import TIMEOUT
 from serving.http_messages import Refusal
@@ -147,18 +148,15 @@ class RemoteEngines:
 
     def _address(self, name: str, each: _Watched) -> None:
         """Its address and key may have changed with the environment."""
-        place = f"engines.{name}"
-        try:
-            values = {} if self._values is None else {"values": self._values}
-            url, key = (
-                expand(each.terms.url, f"{place}.url", **values),
-                expand(each.terms.key, f"{place}.key", **values),
-            )
-        except RecipeError as error:
-            self._leave(each, error.what)
+        values = os.environ if self._values is None else self._values
+        named = [name for text in (each.terms.url, each.terms.key) for name in VARIABLE.findall(text or "")]
+        if missing := [name for name in named if not values.get(name)]:
+            self._leave(each, f"not set: {', '.join(missing)}")
             return
-        if not url or (each.terms.key and not key):
-            self._leave(each, f"what {place} names is not set in the environment")
+        place = f"engines.{name}"
+        url, key = expand(each.terms.url, f"{place}.url", values), expand(each.terms.key, f"{place}.key", values)
+        if not url:
+            self._leave(each, "its url is empty")
         elif (url, key or "") != each.there:
             self._leave(each, "it has not been looked at yet", hold=True)
             each.there, each.due = (url, key or ""), 0.0

@@ -39,6 +39,7 @@ from serving.leased import Leased
 from serving.listening import calm_collector, http_server, listen, loop_factory, url_of
 from serving.outside import REMOTE
 from serving.publishing import Publisher
+from serving.remote_engine import NOT_YET, is_plain
 from serving.routes import Board
 from serving.server_keys import write_keys
 from serving.server_record import (
@@ -179,10 +180,16 @@ class Server:
             refused={name: why for each in engines.values() for name, why in each.refused.items()},
             swaps=sorted((swap for each in engines.values() for swap in each.swaps), key=lambda swap: swap["at"]),
             engines=engines,
+            elsewhere=self._elsewhere(),
             recipe=self.what.recipe.model_dump(mode="json", by_alias=True),
             objectives=[each.as_dict() for each in kept.judge.standings(time.monotonic())] if kept else [],
             started=self.started,
         )
+
+    def _elsewhere(self) -> dict[str, str]:
+        stand = self.board.part(REMOTE).engines
+        names = [name for name, each in self.what.recipe.engines.items() if is_plain(each)]
+        return {name: getattr(stand.get(name, NOT_YET), "reason", "") for name in names}
 
     def _write_keys(self) -> None:
         engines = self.fleet.keys()

@@ -104,6 +104,8 @@ class ServerStatus:
     refused: dict[str, str] = field(default_factory=dict)
     swaps: list[dict[str, Any]] = field(default_factory=list)
     engines: dict[str, EngineStatus] = field(default_factory=dict)
+    # Somebody's engines that are used as they are: how each stands ('' while it answers).
+    elsewhere: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     objectives: list[dict[str, Any]] = field(default_factory=list)
     started: float = 0.0

@@ -65,6 +65,8 @@ def test_a_key_and_what_it_may_ask(desk: Project) -> None:
     code, out, _ = ft(desk, "refund me", "--key", "clinic", "--json")
     assert (code, json.loads(out)["refused"]) == (1, "key 'clinic' may ask only secret")
     assert ft(desk, "hello", "--key", "nobody")[0] == 2
+    code, out, _ = ft(desk, "hello", "--model", "secret", "--json")
+    assert json.loads(out)["asks"] == ["the model of engine small"]
 
 
 def test_where_no_rule_fits(desk: Project) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ from registry.errors import NotFound, WrongInput
 from registry.project import Project
 from registry.serve_recipe import ServeRecipe
 from registry.store import Store
+from serving.server_keys import write_keys
+from serving.server_record import ServerStatus, write_status
 from serving.to_serve import ToServe
 from tests.conftest import run_bounded
 from tests.serving.small_fleet import save_base
@@ -95,3 +100,42 @@ def test_a_wrong_serve_recipe_is_told_of_before_anything_starts(project: Project
     path.write_text("kind: serve\nengines:\n  a: {start: demand}\n", encoding="utf-8")
     code, _, err = ft(project, "serve", "up", "recipes/desk.yaml")
     assert (code, "an engine has a `base` (ours) or a `url`" in err) == (2, True)
+
+
+def test_status_shows_somebodys_engines_and_what_they_lack(project: Project, store: Store) -> None:
+    recipe = {"engines": {"far": {"url": "${BIG_URL}", "as": "llama"}, "near": {"url": "http://127.0.0.1:1"}}}
+    status = ServerStatus(
+        pid=1, state="serving", reason="", base={}, serve={}, card="", max_rank=0, gateway_url="http://127.0.0.1:1",
+        elsewhere={"far": "not set: BIG_URL", "near": ""}, recipe=recipe,
+    )  # fmt: skip
+    write_status(store, status)
+    with (store.home / "server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, out, _ = ft(project, "serve", "status")
+    rows = [line.split(maxsplit=3) for line in out.splitlines()]
+    assert code == 0
+    assert ["far", "llama", "${BIG_URL}", "away: not set: BIG_URL"] in rows
+    assert any(row[0] == "near" and row[-1].endswith("serving") for row in rows if row)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_an_answer_that_is_no_stream_is_printed_too(kind: str, project: Project, store: Store) -> None:
+    whole = {"choices": [{"message": {"content": "안녕"}}]}
+    piece = {"choices": [{"delta": {"content": "안녕"}}]}
+    said = f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n" if kind.startswith("text") else json.dumps(whole, indent=1)
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.end_headers()
+            self.wfile.write(said.encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        threading.Thread(target=server.serve_forever).start()
+        write_keys(project, {"internal_key": "k", "gateway_url": f"http://127.0.0.1:{server.server_port}"})
+        code, out, err = ft(project, "ask", "far", "hi")
+        server.shutdown()
+    assert (code, out) == (0, "안녕\n"), err

@@ -524,5 +524,9 @@ def test_an_unknown_model_can_still_have_a_fallback() -> None:
         told = await here.ask({"model": "letters", "fallbacks": [{"engine": "big"}]})
         assert told.headers["x-ft-fallback"] == "1"
         assert (await here.refused({"model": "ticket"})).code == "model_not_found"
+        here.chain.names = lambda: ["tickets"]  # a route of the recipe, whose model has no champion yet
+        refusal = await here.refused({"model": "letters"})
+        assert (refusal.status, refusal.code) == (404, "model_not_served")
+        assert refusal.message == "tickets leads to the model letters, and no version of it answers yet"
 
     on_line(test)

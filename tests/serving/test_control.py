@@ -14,15 +14,17 @@ from dataclasses import replace
 import pytest
 
 from registry.base_models import BaseModel
-from registry.cards import Card
+from registry.cards import Card, pick_card
 from registry.errors import Conflict, Trouble
 from registry.project import Project
 from registry.recipe import Serve
 from registry.settings import Settings
 from registry.store import Store
+from serving.control import start_server
 from serving.server import listen_as_gateway
 from serving.server_keys import keys_path, read_keys, write_keys
-from serving.server_record import ServerStatus, is_gone, only_server, server_status, write_status
+from serving.server_record import EngineStatus, ServerStatus, is_gone, only_server, server_status, write_status
+from serving.to_serve import only_engine
 from serving.vllm_process import EngineConfig, engine_rank, vllm_arguments
 
 BASE = BaseModel("small", "1", "MIT", "digest", "small@1")
@@ -68,6 +70,18 @@ def test_a_server_is_known_by_its_lock_and_its_heartbeat(store: Store) -> None:
             connection.execute("UPDATE servers SET heartbeat = heartbeat - 60")
         assert server_status(store) is None, "not heard of for a minute"
     assert is_gone(store)
+
+
+def test_a_server_with_that_engine_will_do_and_one_without_is_named(project: Project, store: Store) -> None:
+    def asked(base: BaseModel) -> ServerStatus:
+        return start_server(project, store, Settings(), only_engine(base, Serve(), pick_card("cpu")))
+
+    engine = EngineStatus("main", "serving", "", BASE.as_dict(), Serve().model_dump(), "cpu", 8)
+    write_status(store, replace(STATUS, engines={"main": engine}, recipe={"name": "desk"}))
+    with another_server(store):
+        assert asked(BASE).gateway_url == STATUS.gateway_url
+        with pytest.raises(Conflict, match="is for small, not large"):
+            asked(BaseModel("large", "1", "MIT", "another", "large@1"))
 
 
 def test_one_server_per_project(project: Project, store: Store) -> None:

@@ -210,7 +210,10 @@ def test_engines_elsewhere_are_looked_at_and_come_and_go() -> None:
             routes = await engines.look()
             assert set(routes.engines) == {"big", "named", "dead"}
             assert isinstance(routes.engines["big"], Away)
-            assert "BIG_URL" in routes.engines["big"].reason
+            assert routes.engines["big"].reason == "not set: BIG_URL, BIG_KEY"
+            engines.put({"BIG_URL": big.url})
+            routes = await engines.look()
+            assert getattr(routes.engines["big"], "reason", "") == "not set: BIG_KEY"
             engines.put({"BIG_URL": big.url, "BIG_KEY": "k-1"})
             routes = await settled(engines, "big")
             found = routes.engines["big"]
