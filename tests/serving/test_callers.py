@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from registry.api_keys import add_key, forget_key, revoke_key, rotate_key
+from registry.errors import WrongInput
 from registry.store import Store
 from serving.callers import ANYBODY, INTERNAL, Bucket, Callers
 from serving.http_messages import Refusal
@@ -96,14 +97,10 @@ def test_how_often_a_key_may_ask(store: Store) -> None:
         callers.charge(caller)
 
 
-def test_a_key_named_internal_is_not_the_internal_one(store: Store) -> None:
-    callers = Callers(INTERNAL_KEY, now=Clock())
-    caller = callers_key(callers, store, name="internal", rate=(1, 60.0))
-    assert not caller.internal
-    callers.charge(caller)
-    with pytest.raises(Refusal):
-        callers.charge(caller)
-    callers.charge(INTERNAL)
+def test_no_key_passes_for_the_internal_one(store: Store) -> None:
+    """Figures and logs call that one `internal`."""
+    with pytest.raises(WrongInput, match="a meaning of its own"):
+        add(store, name="internal")
 
 
 def callers_key(callers: Callers, store: Store, **given: Any) -> Any:
