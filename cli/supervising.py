@@ -89,7 +89,7 @@ def _end(folder: UpFolder, seconds: float, say: Callable[[str], None]) -> None:
             asked = True
         if pid is not None and time.monotonic() > deadline:
             _signal(pid, signal.SIGKILL)
-        for part in folder.now():
+        for part in reversed(folder.now()):  # in the order in which they stop, where two have since the last look
             if part["state"] in ("stopping", "stopped") and told.get(part["name"]) != part["state"]:
                 told[part["name"]] = part["state"]
                 say(f"{part['name']}: {part['state']}")
