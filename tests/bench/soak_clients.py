@@ -63,7 +63,7 @@ class Soak:
     async def _ask(self, kind: str, line: Line, chance: random.Random) -> int:
         headers = {"authorization": f"Bearer {KEY}"}
         if kind == "asks for models":
-            return await line.ask(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+            return await line.ask(f"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n\r\n".encode())
         if kind == "no JSON":
             return await line.ask(post(self.port, b'{"model": "tick', headers))
         if kind == "unknown model":
