@@ -117,8 +117,9 @@ def _write(file: Path, rows: Iterator[dict[str, Any]]) -> int:
     count, beside = 0, file.with_name(file.name + ".part")
     try:
         with beside.open("w", encoding="utf-8") as out:
-            for count, row in enumerate(rows, start=1):  # noqa: B007
+            for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
         beside.rename(file)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -87,7 +87,8 @@ def revoke(
     if as_json:
         print_json({"name": name, "forgotten" if forget else "revoked": True})
     else:
-        say(f"{name}: {'forgotten' if forget else 'revoked'}")
+        others = "; callers still need a key, because of others (`ft keys list`)" if api_keys.api_keys(store) else ""
+        say(f"{name}: forgotten{others}" if forget else f"{name}: revoked")
 
 
 @app.command()

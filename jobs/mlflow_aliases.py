@@ -16,8 +16,8 @@ from registry.mlflow_look import aliases_at
 from registry.mlflow_mirror import tell_alias, tracker_of
 from registry.mlflow_store import Tracker
 from registry.project import Project
-from registry.serve_recipe import unjudged_models
 from registry.store import Store
+from serving.server_record import unjudged_models
 
 POLL_SECONDS, LOOK_SECONDS = 10.0, 0.2
 # What the receiver makes of MLflow's webhooks; "/" comes after ".".
@@ -74,7 +74,7 @@ class AliasWatch:
         found = aliases_at(tracker, model)
         if found is None or found.get(ALIAS) == before.version:
             return
-        allowed = model in unjudged_models(self.project)
+        allowed = model in unjudged_models(self.store)
         if decide_request(self.store, before, found.get(ALIAS), unjudged=allowed) == "":
             for alias in (ALIAS, "previous"):
                 tell_alias(self.store, tracker, model, alias)

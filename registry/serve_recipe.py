@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from registry.answer_schema import compiled
 from registry.durations import Duration, Span
 from registry.objectives import Objectives
-from registry.project import Project, recipe_files, text_of
 from registry.recipe import NAME, Base
 from registry.recipe_file import read_recipe
 from registry.recipe_part import Part, Text
@@ -77,9 +76,19 @@ class EngineTerms(Part):
             raise ValueError("an engine with a `url` is not ours to start")
         if self.volume is not None and self.start != "demand":
             raise ValueError("`volume` starts an engine with `start: demand`; this one is always up")
+        if self.url is not None and (useless := [name for name in OF_OURS if getattr(self, name) != _default(name)]):
+            raise ValueError(f"{', '.join(useless)}: only of an engine of ours, and this one has a `url`")
         if self.max_cpu_loras < self.max_loras:
             raise ValueError("max_cpu_loras is at least max_loras")
         return self
+
+
+# What somebody else's engine was started with is not ours to say.
+OF_OURS = ("card", "precision", "memory_gb", "idle", "residence", "hold", "sleep")
+
+
+def _default(name: str) -> object:
+    return EngineTerms.model_fields[name].default
 
 
 class Target(Part):
@@ -241,13 +250,8 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def unjudged_models(project: Project) -> set[str]:
-    """Models of which a route of a serve recipe of the project takes versions that no gate has passed."""
-    files = [file for file in recipe_files(project) if re.search("^kind: *serve", text_of(file), re.MULTILINE)]
-    return {model for file in files for model in unjudged_in(load_serve_recipe(file))}
-
-
 def unjudged_in(recipe: ServeRecipe) -> frozenset[str]:
+    """Models of which a route takes versions that no gate has passed."""
     return frozenset(route.model for route in recipe.routes.values() if route.unjudged and route.model)
 
 

@@ -154,6 +154,7 @@ class Chain:
         # What the route itself leads to says more than a fallback that is not set up.
         refusal = turn.failed[min(turn.failed)].refusal
         if refusal.engine:
+            refusal.retry_after = max(refusal.retry_after or 0, self.board.demand.seconds_left(refusal.engine))
             turn.ask.headers.append((b"x-ft-engine", self.board.demand.header(refusal.engine).encode()))
         raise refusal
 

@@ -78,12 +78,17 @@ class Demand:
         if story.eta is None:
             return story.what
         part = min(99, round(100 * (now - story.began) / max(0.001, story.eta - story.began)))
-        return f"{story.what}, {part} %, about {max(1, round(story.eta - now))} s left"
+        return f"{story.what}, {part} %, about {self.seconds_left(engine)} s left"
+
+    def seconds_left(self, engine: str) -> int:
+        """Until it is up, as far as that can be known; 0 where it cannot."""
+        eta = self._stories.get(engine, _Story()).eta
+        return 0 if eta is None else max(1, round(eta - self.now()))
 
     def header(self, engine: str) -> str:
         """The value of `x-ft-engine`: `starting; eta=20`."""
         story = self._stories.get(engine, _Story())
-        return story.what if story.eta is None else f"{story.what}; eta={max(1, round(story.eta - self.now()))}"
+        return story.what if story.eta is None else f"{story.what}; eta={self.seconds_left(engine)}"
 
     # What follows is for the server's rounds.
 

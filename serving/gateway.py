@@ -149,13 +149,13 @@ class Gateway:
         if policy.rules.concern(name):
             question = Question(name, request, _texts(scope) if policy.rules.read_headers else {}, caller.name)
             route, _, _ = policy.led(question)
-        terms = policy.terms(route)
-        if terms is None:
-            raise self._unknown(asked)
         if not (caller.internal or caller.may(name) or caller.may(route)):
             may = ", ".join(sorted(caller.routes or ()))
             raise Refusal(403, f"this key may not ask {asked[:100]!r}; it may ask: {may}", "model_not_allowed",
                           param="model")  # fmt: skip
+        terms = policy.terms(route)
+        if terms is None:
+            raise self._unknown(asked)
         if pin:
             terms = _pinned(terms, route, pin[:32])
         if self._is_known(route):  # never a caller's own words in a header

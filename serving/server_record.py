@@ -19,6 +19,7 @@ from registry.errors import Conflict
 from registry.file_locks import is_held, try_exclusive
 from registry.project import Project
 from registry.recipe import Serve
+from registry.serve_recipe import ServeRecipe, unjudged_in
 from registry.store import Store, dump
 from serving.server_keys import forget_keys
 from serving.vllm_process import ONLY, EngineConfig
@@ -140,6 +141,18 @@ def server_status(store: Store) -> ServerStatus | None:
     if status is None or not is_held(_lock_path(store)) or time.time() - status.heartbeat > STALE_SECONDS:
         return None
     return status
+
+
+def unjudged_models(store: Store) -> frozenset[str]:
+    """Models of which the server that runs takes versions that no gate has passed.
+
+    A recipe that only lies in the project allows nothing: by a draft, whoever may move an alias in MLflow could have
+    made such a version the champion.
+    """
+    status = last_words(store)
+    if status is None or not status.recipe or time.time() - status.heartbeat > STALE_SECONDS:
+        return frozenset()
+    return unjudged_in(ServeRecipe.model_validate(status.recipe))
 
 
 def last_words(store: Store) -> ServerStatus | None:

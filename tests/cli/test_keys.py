@@ -36,7 +36,9 @@ def test_a_key_from_its_making_to_its_end(project: Project, store: Store) -> Non
     assert rotated != key
     assert ft(project, "revoke", "shop")[:2] == (0, "shop: revoked\n")
     assert listed(project)[0]["revoked"]
-    assert ft(project, "revoke", "shop", "--forget")[:2] == (0, "shop: forgotten\n")
+    assert ft(project, "add", "desk")[0] == 0
+    assert "shop: forgotten; callers still need a key" in ft(project, "revoke", "shop", "--forget")[1]
+    assert ft(project, "revoke", "desk", "--forget")[:2] == (0, "desk: forgotten\n")
     assert listed(project) == []
 
 

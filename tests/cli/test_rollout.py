@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from registry import adapters
 from registry.base_models import BaseModel
 from registry.project import Project
-from registry.serve_recipe import unjudged_models
 from registry.store import Store
 from tests.conftest import run_bounded
 from tests.fakes.reconciled import Site
@@ -85,10 +83,3 @@ def test_what_makes_no_sense(site: Site, arguments: list[str], why: str) -> None
     code, _, err = ft(site.project, *arguments)
     assert code == 2
     assert why in err
-
-
-def test_which_models_may_answer_unjudged(project: Project) -> None:
-    text = "kind: serve\nengines: {e: {base: org/base}}\nroutes: {a: {model: a, unjudged: true}, b: {model: b}}\n"
-    (Path(project.root) / "recipes" / "serve.yaml").write_text(text, encoding="utf-8")
-    (Path(project.root) / "recipes" / "other.yaml").write_text("kind: finetune\n", encoding="utf-8")
-    assert unjudged_models(project) == {"a"}

@@ -52,6 +52,10 @@ def test_a_serve_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
         (("engine: far}", "engine: fra}"), "routes.support: no engine 'fra'; there are: main, far"),
         (("engine: main, local", "engine: far, local"), "routes.private: local_only, and engine 'far' is not local"),
         (("local_only: true", "local_only: true, openai: gpt-4o"), "local_only forbids OpenAI"),
+        (
+            ("as: meta", "card: gpu, sleep: true, as: meta"),
+            "card, sleep: only of an engine of ours",
+        ),
         (("pin: [support]", "pins: [support]"), "engines.main.pins: unknown key; did you mean 'pin'?"),
         (("{base: mistralai/Mistral-7B-Instruct-v0.3, card", "{card"), "an engine has a `base` (ours) or a `url`"),
         (('key: "${BIG_KEY}"', "key: sk-123"), "a key is not written out in a recipe"),

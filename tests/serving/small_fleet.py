@@ -158,6 +158,7 @@ def add_champion(project: Project, store: Store, model: str, base: BaseModel) ->
 
 def recipe_of(bases: dict[str, BaseModel], **engines: dict[str, Any]) -> ToServe:
     """`engines` by name: what differs from a small one on the CPU."""
-    written = {name: {"base": bases[name].source, "card": "cpu", **ENGINE, **more} for name, more in engines.items()}
+    where = {name: {} if "url" in more else {"card": "cpu"} for name, more in engines.items()}
+    written = {name: {"base": bases[name].source, **where[name], **ENGINE, **more} for name, more in engines.items()}
     recipe = ServeRecipe.model_validate({"kind": "serve", "name": "desk", "engines": written})
     return ToServe(recipe, {name: bases[name] for name in engines})

@@ -18,12 +18,21 @@ from registry.cards import Card, pick_card
 from registry.errors import Conflict, Trouble
 from registry.project import Project
 from registry.recipe import Serve
+from registry.serve_recipe import load_serve_recipe
 from registry.settings import Settings
 from registry.store import Store
 from serving.control import start_server
 from serving.server import listen_as_gateway
 from serving.server_keys import keys_path, read_keys, write_keys
-from serving.server_record import EngineStatus, ServerStatus, is_gone, only_server, server_status, write_status
+from serving.server_record import (
+    EngineStatus,
+    ServerStatus,
+    is_gone,
+    only_server,
+    server_status,
+    unjudged_models,
+    write_status,
+)
 from serving.to_serve import only_engine
 from serving.vllm_process import EngineConfig, engine_rank, vllm_arguments
 
@@ -70,6 +79,19 @@ def test_a_server_is_known_by_its_lock_and_its_heartbeat(store: Store) -> None:
             connection.execute("UPDATE servers SET heartbeat = heartbeat - 60")
         assert server_status(store) is None, "not heard of for a minute"
     assert is_gone(store)
+
+
+def test_only_the_server_that_runs_says_which_models_may_answer_unjudged(project: Project, store: Store) -> None:
+    text = "kind: serve\nengines: {e: {base: org/base}}\nroutes: {a: {model: a, unjudged: true}, b: {model: b}}\n"
+    path = project.root / "recipes" / "draft.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert unjudged_models(store) == set(), "a recipe that only lies there allows nothing"
+    recipe = load_serve_recipe(path).model_dump(mode="json", by_alias=True)
+    write_status(store, replace(STATUS, recipe=recipe))
+    assert unjudged_models(store) == {"a"}
+    with store.writing() as connection:
+        connection.execute("UPDATE servers SET heartbeat = heartbeat - 60")
+    assert unjudged_models(store) == set(), "not heard of for a minute"
 
 
 def test_a_server_with_that_engine_will_do_and_one_without_is_named(project: Project, store: Store) -> None:
