@@ -285,8 +285,13 @@ def ask_free(here: Judged) -> bool:
 def test_what_was_paid_before_trouble_is_booked_and_the_rest_given_back(here: Judged) -> None:
     submitted(here)
 
+    answered: list[str] = []  # not `provider.asked`: on a busy machine four are asked before the first is answered
+
     def answer(body: dict[str, Any], _: int) -> Choice | Refusal:
-        return Choice(right(body), usage=(100, 10)) if len(provider.asked) < 9 else Refusal(402, "pay")
+        if len(answered) == 8:
+            return Refusal(402, "pay")
+        answered.append(right(body))
+        return Choice(answered[-1], usage=(100, 10))
 
     with Provider(answer) as provider, pytest.raises(Trouble, match="no money left"):
         ask(here, reference(provider, **PRICES), budgets=Budgets(run_usd=100))
