@@ -18,13 +18,15 @@ def plan(
 
     Example: ft serve plan
     """
-    from cli.console import print_json
+    from cli.console import print_json, say
     from cli.serve import what_to_serve
+    from registry.adapters import versions
+    from registry.api_keys import api_keys
     from registry.base_models import BaseModel
     from registry.project import find_project
     from registry.serve_recipe import ServeRecipe, unjudged_in
     from registry.store import open_store
-    from serving.serve_plan import load_plan
+    from serving.serve_plan import load_plan, nowhere
     from serving.server_record import server_status
 
     project = find_project()
@@ -41,8 +43,11 @@ def plan(
         terms = recipe.engines[name]
         found[name] = load_plan(store, engines.get(name), base, terms.max_cpu_loras, terms.pin, unjudged_in(recipe))
     state = status.state if status else "not running"
+    unknown = nowhere(recipe, {each.model for each in versions(store)}, api_keys(store))
     if as_json:
-        print_json({"server": state, "engines": {name: each.as_dict() for name, each in found.items()}})
+        print_json(
+            {"server": state, "nowhere": unknown, "engines": {name: each.as_dict() for name, each in found.items()}}
+        )
         return
     for name, each in found.items():
         _print(
@@ -50,6 +55,8 @@ def plan(
             f"engine {name} ({engines[name].state if status else 'no server is up; if one were'})",
             bases[name].source,
         )
+    for name in unknown:
+        say(name)
 
 
 def _print(found: ServePlan, head: str, base: str) -> None:

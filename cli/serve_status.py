@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from registry.store import Store
     from serving.server_record import EngineStatus, ServerStatus
 
 WATCH_SECONDS = 1.0
@@ -37,6 +38,7 @@ def status(
             print_json(found.as_dict() if found else {"state": "not running"})
         elif found:
             print_status(found)
+            _print_canaries(store)
         else:
             say("no server runs; `ft serve up` starts one")
         if not watch:
@@ -104,6 +106,14 @@ def print_status(found: ServerStatus) -> None:
     rows = [[each["version"], ago(each["at"]), _parts(each["seconds"])] for each in found.swaps[-5:]]
     if rows:
         table(["swap to", "when", "seconds of each part"], rows)
+
+
+def _print_canaries(store: Store) -> None:
+    from cli.console import say
+    from registry.rollouts import running
+
+    for each in running(store):
+        say(f"canary: {each.name} answers {each.percent:g}% beside {each.stable}; `ft rollout {each.model}` has more")
 
 
 def _engine_row(engine: EngineStatus) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from typing import Any
 
 from serving.http_messages import Message, Send
@@ -66,25 +66,17 @@ class Outgoing:
             self.usage = None
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """Who answered a request."""
-
-    adapter: str
-    route: str
-    key: str
-
-
 class Remembered:
-    """The newest answers by key and request id, so that feedback need not say which version it is about."""
+    """The versions of the newest answers by key and request id, so that feedback need not say what it is about."""
 
     def __init__(self, most: int = MOST_REMEMBERED) -> None:
-        self._most, self._found = most, OrderedDict[tuple[str, str], Answered]()
+        self._most, self._found = most, OrderedDict[str, str]()
 
-    def put(self, request: tuple[str, str], answered: Answered) -> None:
-        self._found[request] = answered
+    def put(self, key: str, request: str, adapter: str) -> None:
+        # Two strings, of which one is there once: an object for each answer cost 400 bytes, 40 MB in all.
+        self._found[f"{key} {request}"] = sys.intern(adapter)
         if len(self._found) > self._most:
             self._found.popitem(last=False)
 
-    def get(self, request: tuple[str, str]) -> Answered | None:
-        return self._found.get(request)
+    def get(self, key: str, request: str) -> str | None:
+        return self._found.get(f"{key} {request}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Ask:
     key: str = ""
     user: str = ""
     conversation: str = ""
+    may: Callable[[str], bool] = bool  # ask this name: the caller's key has a say
 
     def subject(self, by: str) -> str:
         """For which a canary's version stays the same, `by` user, conversation or request."""

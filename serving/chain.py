@@ -242,7 +242,7 @@ class Chain:
             routes = self.board.routes
             found = routes.find(name, internal=ask.internal)
         if found is None:
-            raise Unanswered(self._unknown(name, ask.route), blame=False)
+            raise Unanswered(self._unknown(name, ask), blame=False)
         if isinstance(found, Route) and (split := routes.splits.get(name)):
             found = split.pick(ask.subject(split.by))
         if ask.terms.local_only and isinstance(found, Route) and not found.engine.local:
@@ -252,18 +252,16 @@ class Chain:
                 raise _kept_here(ask)
         return found
 
-    def _unknown(self, name: str, route: str) -> Refusal:
+    def _unknown(self, name: str, ask: Ask) -> Refusal:
         routes = self.board.routes
         if name in routes.closed:
             return Refusal(404, f"{name} is not served: {routes.closed[name]}", "model_not_served", param="model")
         if name in routes.internal:
             return Refusal(404, f"{name} needs the internal key", "model_not_public", param="model")
-        if route in self.names() and "@" not in name:
-            return Refusal(404, f"{route} leads to the model {name[:100]}, and no version of it answers yet",
+        if ask.route in self.names() and "@" not in name:
+            return Refusal(404, f"{ask.route} leads to the model {name[:100]}, and no version of it answers yet",
                            "model_not_served", param="model")  # fmt: skip
-        near = ", ".join(routes.nearest(name, self.names()))
-        hint = f"; there is: {near}" if near else "; nothing is served yet"
-        return Refusal(404, f"no model {name[:100]!r}{hint}", "model_not_found", param="model")
+        return routes.unknown(name, self.names(), ask.may)
 
     def _held_to(self, ask: Ask) -> Held | None:
         """Compiled once for a route, and again when the recipe has changed."""

@@ -103,8 +103,8 @@ def refusal_of(status: int, first: bytes) -> Refusal | None:
         return Refusal(429, "the endpoint takes no more requests just now", "endpoint_busy", retry_after=10)
     if _is_of_vllm(said):
         return None
-    kind = status if status < 500 else 503
-    return Refusal(kind, f"the endpoint answered {status}", "endpoint_away", retry_after=10 if kind == 503 else None)
+    # The platform's word, not the model's: with `workers.max is 0` it is a 400, and a fallback could still answer.
+    return Refusal(503, f"the endpoint answered {status}", "endpoint_away", retry_after=10)
 
 
 def _of_worker(said: dict[str, Any], body: dict[str, Any]) -> Refusal | None:

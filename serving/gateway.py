@@ -14,7 +14,7 @@ from typing import Any
 
 from registry.events import Event
 from registry.serve_recipe import RouteTerms
-from serving.answers import Answered, Outgoing, Remembered
+from serving.answers import Outgoing, Remembered
 from serving.ask import Ask
 from serving.callers import Caller, Callers
 from serving.chain import HOLD_SECONDS, Chain
@@ -143,7 +143,7 @@ class Gateway:
             raise Refusal(400, "`model` must be a name; GET /v1/models lists them", "invalid_model", param="model")
         name, at, pin = asked.partition("@")
         if at and not pin:
-            raise self._unknown(asked)
+            raise self.board.routes.unknown(asked, policy.routes, caller.may)
         pin = pin or header(scope, b"x-ft-version").decode("latin-1").strip()
         route = name
         if policy.rules.concern(name):
@@ -155,14 +155,14 @@ class Gateway:
                           param="model")  # fmt: skip
         terms = policy.terms(route)
         if terms is None:
-            raise self._unknown(asked)
+            raise self.board.routes.unknown(asked, policy.routes, caller.may)
         if pin:
             terms = _pinned(terms, route, pin[:32])
         if self._is_known(route):  # never a caller's own words in a header
             headers.append((b"x-ft-route", route.encode()))
         user, conversation = request.get("user"), header(scope, b"x-ft-conversation").decode("latin-1")
         return Ask(scope["path"], request, asked, route, terms, caller.internal, headers, caller.name,
-                   user if isinstance(user, str) else "", conversation)  # fmt: skip
+                   user if isinstance(user, str) else "", conversation, caller.may)  # fmt: skip
 
     def _is_known(self, route: str) -> bool:
         return route in self.policy.routes or self.board.routes.knows(route)
@@ -185,8 +185,7 @@ class Gateway:
             if began:
                 began.done(status, going.adapter, going.events, going.usage, code)
             if going.adapter:
-                answered = Answered(going.adapter, ask.route, ask.key)
-                self.remembered.put((ask.key, ask.headers[0][1].decode()), answered)
+                self.remembered.put(ask.key, ask.headers[0][1].decode(), going.adapter)
             if self.hooks.log:
                 self.hooks.log(ask, going)
 
@@ -256,8 +255,7 @@ class Gateway:
 
     def _adapter_of(self, caller: Caller, request: str) -> str | None:
         """Of the caller's own requests: their ids are the callers' words, and two may have the same."""
-        found = self.remembered.get((caller.name, request))
-        return found.adapter if found else None
+        return self.remembered.get(caller.name, request)
 
     async def _metrics(self, scope: Scope, send: Send, headers: Headers) -> None:
         if self.hooks.metrics is None:
@@ -284,11 +282,6 @@ class Gateway:
             if caller.internal or caller.may(name.partition("@")[0])
         ]
         return {"object": "list", "data": data}
-
-    def _unknown(self, name: str) -> Refusal:
-        near = self.board.routes.nearest(name, [*self.policy.routes])
-        hint = f"; there is: {', '.join(near)}" if near else "; nothing is served yet"
-        return Refusal(404, f"no model {name[:100]!r}{hint}", "model_not_found", param="model")
 
 
 def _texts(scope: Scope) -> Mapping[str, str]:

@@ -11,11 +11,12 @@ import time
 from registry.admission import RANKS
 from registry.base_models import BaseModel
 from registry.cards import Card
-from registry.errors import Trouble
+from registry.errors import RecipeError, Trouble
 from registry.recipe import Serve, expand
 from registry.serve_recipe import EngineTerms, is_local
 from serving.engine import BASE, Engine
 from serving.engine_site import Site, itself
+from serving.env_file import EnvFile
 from serving.own_engine import HEALTH_SECONDS, POLL_SECONDS
 from serving.reconciler import Reconciler
 from serving.routes import Away, Route, Routes
@@ -34,9 +35,10 @@ class LentEngine:
         serve = Serve(max_context=terms.max_context, concurrency=terms.concurrency, memory_gb=terms.memory_gb)
         # Which ranks it takes only it knows: what is too large for it, it refuses.
         self.config = EngineConfig(base, serve, Card(ELSEWHERE, "somebody's", 0), max(RANKS), name=name)
-        self.url = (expand(terms.url, f"engines.{name}.url") or "").rstrip("/")
-        self.key = expand(terms.key, f"engines.{name}.key") or ""
+        self._env = EnvFile(site.project.root)
+        self.url, self.key = self._there()
         self.engine: Engine | None = None
+        self._left: list[Engine] = []
         self.reconciler: Reconciler | None = None
         self.state: EngineState = "starting"
         self.reason = ""
@@ -46,20 +48,29 @@ class LentEngine:
         self.engine = Engine(self.url, self.key, local=is_local(self.terms.model_copy(update={"url": self.url})))
         await self._flip_away("it has not answered yet", hold=True)
 
+    def _there(self) -> tuple[str, str]:
+        """Its address and key, by the environment and the `.env` of now. Raises RecipeError for what is not set."""
+        place, values = f"engines.{self.name}", self._env.values
+        url, key = expand(self.terms.url, f"{place}.url", values), expand(self.terms.key, f"{place}.key", values)
+        if not url:
+            raise RecipeError("its url is empty", place=place, fix=f"set {self.terms.url} in .env")
+        return url.rstrip("/"), key or ""
+
     async def run(self) -> None:
         """One look after another, until cancelled; then `close` it."""
         while True:
             seen = self.site.board.pokes
             try:
+                await self._follow_env()
                 assert self.engine is not None
                 await self._look(self.engine)
-            except Trouble as error:
+            except (Trouble, RecipeError) as error:
                 self._say(self.state, error.what)
             await self.site.board.poked(seen, POLL_SECONDS)
 
     async def close(self) -> None:
-        if self.engine is not None:
-            await self.engine.close()
+        for each in filter(None, (*self._left, self.engine)):
+            await each.close()
 
     def status(self) -> EngineStatus:
         here = self.reconciler
@@ -72,6 +83,18 @@ class LentEngine:
             loaded=sorted(here.loaded) if here else [], refused=here.refused if here else {},
             swaps=here.swaps if here else [],
         )  # fmt: skip
+
+    async def _follow_env(self) -> None:
+        """Go on at another address, or with another key; what is under way at the old one may end. Raises RecipeError,
+        and stays where it is, while a variable is not set."""
+        self._env.look()
+        if (there := self._there()) == (self.url, self.key):
+            return
+        self.url, self.key = there
+        self._left += filter(None, (self.engine,))
+        self.reconciler = None
+        await self.prepare()
+        self._say("starting", "its address or key has changed in .env")
 
     async def _look(self, engine: Engine) -> None:
         if not await engine.healthy(HEALTH_SECONDS):

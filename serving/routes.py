@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -108,10 +108,15 @@ class Routes:
     def knows(self, name: str) -> bool:
         return name in self.public or name in self.away
 
-    def nearest(self, name: str, others: Sequence[str] = ()) -> list[str]:
-        """Public names like it; `others` are some beside these."""
+    def unknown(self, name: str, others: Iterable[str], may: Callable[[str], bool]) -> Refusal:
+        """Of a name that is none, with the nearest that the caller `may` ask, `others` among them."""
+        near = ", ".join(self._nearest(name, others, may))
+        hint = f"; there is: {near}" if near else "; nothing is served yet"
+        return Refusal(404, f"no model {name[:100]!r}{hint}", "model_not_found", param="model")
+
+    def _nearest(self, name: str, others: Iterable[str], may: Callable[[str], bool]) -> list[str]:
         models = {each for each in self.away if "@" not in each}
-        names = sorted({*self.public, *models, *others})
+        names = sorted(each for each in {*self.public, *models, *others} if may(each.partition("@")[0]))
         return difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
 
 
@@ -157,9 +162,6 @@ class Board:
                 return found
             away = away or (found if isinstance(found, Away) else None)
         return away
-
-    def drop(self, part: str) -> None:
-        self.put(part, Routes())
 
     async def change(self, seconds: float) -> None:
         """Return at the next flip, or after so many seconds."""

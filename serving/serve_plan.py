@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from registry.api_keys import ApiKey
 from registry.base_models import BaseModel
+from registry.serve_recipe import ANY_NAME, ServeRecipe
 from registry.store import Store
 from serving.reconciler import need_of
 from serving.server_record import EngineStatus
@@ -68,6 +70,22 @@ def plan(
     room = share_out(order, loaded, (), slots)
     lines = tuple(_line(each, routes, set(loaded), refused, room.keep) for each in models)
     return ServePlan(lines, room.spare, slots)
+
+
+def nowhere(recipe: ServeRecipe, models: Collection[str], keys: Sequence[ApiKey]) -> list[str]:
+    """Names in routes, rules and keys that lead to nothing as yet: a slip, or a model that is still to be trained.
+
+    `models`: the registered ones. Pure.
+    """
+    there = {*recipe.routes, *(models if recipe.models else ())}
+    asked = there.union(*(rule.when.model for rule in recipe.rules), (ANY_NAME,) if recipe.rules else ())
+    found = [f"route {name}: no version of a model '{each.model}' is registered"
+             for name, each in recipe.routes.items() if each.model and each.model not in models]  # fmt: skip
+    found += [f"rule {number}: no route or registered model '{rule.route}'"
+              for number, rule in enumerate(recipe.rules, start=1) if rule.route not in there]  # fmt: skip
+    found += [f"key {key.name}: no route or registered model '{name}'"
+              for key in keys if not key.revoked for name in key.routes or () if name not in asked]  # fmt: skip
+    return found
 
 
 def _line(

@@ -27,6 +27,8 @@ HELD_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Other ways to say what an answer must look like; vLLM refuses two of them at once.
 OTHER_WAYS = ("structured_outputs", "tools", "functions")
 MOST_SHOWN, LONGEST = 300, 16 << 20
+# Some ten milliseconds of checking; a thread costs a tenth of one.
+LONG = 32 << 10
 END, EVENT_END, LONGEST_EVENT = b"[DONE]", re.compile(rb"\r?\n\r?\n"), 1 << 20
 Tell = Callable[[bool], None]
 
@@ -60,8 +62,12 @@ class Held:
                 raise self._refused(way)
         return {**request, "response_format": self.format}
 
-    def unfit(self, texts: list[str]) -> Unfit | None:
-        """The first of the answers (one for each choice) that does not fit."""
+    async def unfit(self, texts: list[str]) -> Unfit | None:
+        """The first of the answers (one for each choice) that does not fit. A long one is checked in a thread."""
+        is_long = sum(map(len, texts)) > LONG
+        return await asyncio.to_thread(self._unfit, texts) if is_long else self._unfit(texts)
+
+    def _unfit(self, texts: list[str]) -> Unfit | None:
         if not texts:
             return Unfit("", "there is no answer")
         found = ((text, self._fault(text)) for text in texts)
@@ -97,11 +103,11 @@ async def answer_held(
         return await pass_on(board, attempt, Checking(held, send))
     patience = attempt.first - asyncio.get_running_loop().time()
     answer = await _collected(board, attempt)
-    unfit = answer.unfit(held)
+    unfit = await answer.unfit(held)
     if unfit and held.terms.repair and (repair := repairing(attempt.request, unfit)):
         first = min(asyncio.get_running_loop().time() + patience, attempt.whole)
         answer = await _collected(board, replace(attempt, request=repair, first=first))
-        unfit = answer.unfit(held)
+        unfit = await answer.unfit(held)
         if tell:
             tell(unfit is None)
     if unfit:
@@ -152,9 +158,9 @@ class Collected:
         if self.size > LONGEST:
             raise Unanswered(Refusal(502, "the engine's answer has no end", "engine_broke"))
 
-    def unfit(self, held: Held) -> Unfit | None:
+    async def unfit(self, held: Held) -> Unfit | None:
         """Of an engine's refusal nothing is checked."""
-        return held.unfit(texts_of(b"".join(self.parts))) if self.status == 200 else None
+        return await held.unfit(texts_of(b"".join(self.parts))) if self.status == 200 else None
 
     async def send_on(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
@@ -178,7 +184,7 @@ class Checking:
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         if self._start:
-            if not more and not self._is_through and (unfit := self._held.unfit(texts_of(body))):
+            if not more and not self._is_through and (unfit := await self._held.unfit(texts_of(body))):
                 raise _does_not_fit(self._held, unfit)
             start, self._start = self._start, None
             await self._send(start)
@@ -195,7 +201,7 @@ class Checking:
         out = event + b"\n\n"
         if _data(event).strip() == END:
             self._is_through = True
-            if unfit := self._held.unfit(["".join(each) for _, each in sorted(self._said.items())]):
+            if unfit := await self._held.unfit(["".join(each) for _, each in sorted(self._said.items())]):
                 out = event_of(_does_not_fit(self._held, unfit))
         else:
             for place, text in _pieces(_data(event)):

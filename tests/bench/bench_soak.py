@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from serving.listening import loop_factory
 from serving.vllm_process import free_port
@@ -65,18 +66,21 @@ def read_samples(samples: Path) -> list[Sample]:
     return [json.loads(each) for each in samples.read_text(encoding="utf-8").splitlines()]
 
 
-def line(samples: Sequence[Sample], name: str) -> dict[str, float]:
-    """Pure. Least squares over the samples after the first quarter: the level, what it rises by, and that an hour."""
+def line(samples: Sequence[Sample], name: str) -> dict[str, Any]:
+    """Pure. Least squares over the samples after the first quarter: the level, what it rises by, that an hour, and the
+    level in each tenth."""
     rest = samples[len(samples) // 4 :]
     if len(rest) < 5:
         raise SystemExit(f"only {len(samples)} samples: let it run for longer")
     seconds = [each["at"] - rest[0]["at"] for each in rest]
+    tenths = [statistics.median(each[name] for each in rest[len(rest) * part // 10 : len(rest) * (part + 1) // 10])
+              for part in range(10)] if len(rest) >= 10 else []  # fmt: skip
     slope, _ = statistics.linear_regression(seconds, [each[name] for each in rest])
     return {"median": statistics.median(each[name] for each in rest), "rises_by": round(slope * seconds[-1], 2),
-            "an_hour": round(slope * 3600, 1), "limit": LIMITS[name]}  # fmt: skip
+            "an_hour": round(slope * 3600, 1), "limit": LIMITS[name], "tenths": tenths}  # fmt: skip
 
 
-def growing(lines: dict[str, dict[str, float]], before: Sample, after: Sample) -> list[str]:
+def growing(lines: dict[str, dict[str, Any]], before: Sample, after: Sample) -> list[str]:
     """Pure. What grew, in words; empty if nothing did."""
     grew = [f"{name} rose by {each['rises_by']:,.0f} (allowed: {each['limit']:,.0f})"
             for name, each in lines.items() if each["rises_by"] > each["limit"]]  # fmt: skip

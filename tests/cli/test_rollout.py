@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from registry import adapters
+from registry.api_keys import add_key, revoke_key
 from registry.base_models import BaseModel
 from registry.project import Project
 from registry.store import Store
+from serving.server_record import ServerStatus, write_status
 from tests.conftest import run_bounded
 from tests.fakes.reconciled import Site
 
@@ -69,6 +72,38 @@ def test_a_canary_from_its_beginning_to_its_end(site: Site) -> None:
     assert adapters.aliases(site.store, "a")["champion"] == 1
     code, _, err = ft(site.project, "rollout", "cancel", "a")
     assert (code, "no rollout of a is under way" in err) == (2, True)
+
+
+def test_status_tells_of_a_canary(site: Site) -> None:
+    status = ServerStatus(1, "serving", "", {}, {}, "", 0, "http://127.0.0.1:1")
+    ft(site.project, "promote", "a@2", "--canary", "5%:10m,50%:30m")
+    write_status(site.store, status)
+    with (site.store.home / "server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, out, _ = ft(site.project, "serve", "status")
+    assert code == 0
+    assert "canary: a@2 answers 5% beside a@1; `ft rollout a` has more" in out
+
+
+def test_the_plan_names_what_leads_nowhere(site: Site) -> None:
+    """A slip in a rule would otherwise show itself as a 404 to some callers."""
+    file = site.project.root / "recipes" / "desk.yaml"
+    file.write_text(
+        "kind: serve\nengines: {far: {url: 'http://127.0.0.1:1'}}\nroutes: {support: {model: letters}}\n"
+        "rules: [{when: {keywords: refund}, route: suport}, {when: {model: [easy]}, route: a}]\n"
+    )
+    add_key(site.store, "shop", routes=("support", "a", "auto", "easy", "aa"), rate=None, by_whom="test")
+    add_key(site.store, "old", routes=("gone",), rate=None, by_whom="test")
+    revoke_key(site.store, "old")
+    wanted = [
+        "route support: no version of a model 'letters' is registered",
+        "rule 1: no route or registered model 'suport'",
+        "key shop: no route or registered model 'aa'",
+    ]
+    code, out, _ = ft(site.project, "serve", "plan", str(file), "--json")
+    assert (code, as_json(out)["nowhere"]) == (0, wanted)
+    code, out, _ = ft(site.project, "serve", "plan", str(file))
+    assert out.splitlines()[-3:] == wanted
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,7 @@ def test_nothing_of_a_local_route_leaves() -> None:
         assert len(here.openai.seen) == 1
         refusal = await here.refused(terms)
         assert "restarts" in refusal.message
-        here.board.drop("engine")
+        here.board.put("engine", Routes())
         refusal = await here.refused(terms)
         assert refusal.code == "local_only"
         stable, new = Route("tickets@2", here.engine), Route("tickets@3", cloud)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from registry.store import Store
 from serving.routes import Away, Route
 from serving.vllm_process import engine_log, free_port
 from tests.conftest import ROOT
-from tests.serving.small_fleet import add_champion, make_base, recipe_of, running, small_vllm
+from tests.serving.small_fleet import Running, add_champion, make_base, recipe_of, running, small_vllm
 
 CPU = pick_card("cpu")
 SETTINGS = Settings(drain_seconds=5, engine_start_seconds=30)
@@ -256,6 +257,37 @@ def test_adapters_are_loaded_into_somebodys_vllm_and_again_when_it_was_restarted
                     theirs.kill()
                     await theirs.wait()
                 await here.until(lambda: here.state("a") == "away" and "ants" in here.board.routes.away)
+
+    asyncio.run(test())
+
+
+def test_somebodys_vllm_moves_with_the_env_file(
+    project: Project, store: Store, bases: dict[str, BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def moved(here: Running, port: int) -> bool:
+        return here.answers("ants") == "ants@1" and here.route("ants").engine.url.endswith(str(port))
+
+    async def test() -> None:
+        first, second, env = free_port(), free_port(), project.root / ".env"
+        monkeypatch.delenv("BIG_URL", raising=False)
+        env.write_text(f"BIG_URL=http://127.0.0.1:{first}/\nBIG_KEY=theirs\n")
+        lent = {"url": "${BIG_URL}", "key": "${BIG_KEY}"}
+        theirs = [await _their_vllm(port, project, bases["a"]) for port in (first, second)]
+        try:
+            async with running(project, store, SETTINGS, recipe_of(bases, a=lent)) as here:
+                await here.until(lambda: here.answers("ants") == "ants@1")
+                env.write_text("BIG_KEY=theirs\n")
+                await here.until(lambda: "url is empty" in dict(here.statuses())["a"].reason)
+                assert await here.ask("ants") == bases["a"].folder, "it stays where it is"
+                env.write_text(f"BIG_URL=http://127.0.0.1:{second}\nBIG_KEY=theirs\n")
+                await here.until(lambda: moved(here, second))
+                theirs[0].kill()
+                assert await here.ask("ants") == bases["a"].folder
+        finally:
+            for each in theirs:
+                with suppress(ProcessLookupError):
+                    each.kill()
+                await each.wait()
 
     asyncio.run(test())
 

@@ -136,6 +136,18 @@ def test_what_an_engine_could_not_read_is_refused_here(body: bytes) -> None:
     in_front(test)
 
 
+def test_a_key_hears_of_no_names_beside_its_own(store: Store) -> None:
+    known, keys = callers(store, shop={"routes": ("tickts", "support")}, all={})
+
+    async def test(here: Front) -> None:
+        for name, near in (("shop", "there is: support"), ("all", "there is: tickets, tickets@2, tickets@1")):
+            status, code, said = await answered(here, {"model": "tickts", **HELLO}, **with_key(keys[name]))
+            assert (status, code) == (404, "model_not_found")
+            assert said["error"]["message"].endswith(near)
+
+    in_front(test, callers=known, policy=policy())
+
+
 def test_a_key_asks_what_it_may(store: Store) -> None:
     known, keys = callers(store, shop={"routes": ("support",)}, all={})
 

@@ -14,7 +14,7 @@ from registry.answer_schema import compiled
 from registry.errors import RecipeError
 from registry.serve_recipe import RouteTerms, StructuredAnswer, load_serve_recipe
 from serving.ask import Ask
-from serving.structured import Held, is_closed, repairing, texts_of
+from serving.structured import Held, Unfit, is_closed, repairing, texts_of
 from tests.fakes.told import Told
 from tests.serving.test_chain import Line, on_line
 
@@ -196,12 +196,34 @@ def test_every_choice_is_checked() -> None:
 
     here = Held("tickets", StructuredAnswer(schema=SCHEMA))
     assert texts_of(body(GOOD, OTHER)) == [GOOD, OTHER]
-    assert here.unfit(texts_of(body(GOOD, OTHER))) is None
-    unfit = here.unfit(texts_of(body(GOOD, BAD)))
+    assert asyncio.run(here.unfit(texts_of(body(GOOD, OTHER)))) is None
+    unfit = asyncio.run(here.unfit(texts_of(body(GOOD, BAD))))
     assert unfit is not None
     assert unfit.text == BAD
-    assert here.unfit(texts_of(b'{"choices": []}')) is not None
-    assert here.unfit(texts_of(b'{"choices": [{"message": {"content": null, "tool_calls": []}}]}')) is not None
+    for nothing in (b'{"choices": []}', b'{"choices": [{"message": {"content": null, "tool_calls": []}}]}'):
+        assert asyncio.run(here.unfit(texts_of(nothing))) is not None
+
+
+def test_others_go_on_while_a_long_answer_is_checked() -> None:
+    here = Held("numbers", StructuredAnswer(schema={"type": "array", "items": {"type": "integer", "minimum": 0}}))
+    ticks = []
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            ticks.append(1)
+
+    async def test() -> Unfit | None:
+        ticking = asyncio.create_task(tick())
+        try:
+            return await here.unfit([json.dumps([*range(50_000), -1])])
+        finally:
+            ticking.cancel()
+
+    unfit = asyncio.run(test())
+    assert unfit is not None
+    assert unfit.why.startswith("$[50000]")
+    assert len(ticks) > 5
 
 
 @pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"])
@@ -219,7 +241,7 @@ def test_a_streams_events_are_put_together_by_choice(end: str) -> None:
 
 def test_a_completion_is_repaired_in_its_prompt() -> None:
     here = Held("tickets", StructuredAnswer(schema=SCHEMA))
-    unfit = here.unfit([BAD])
+    unfit = asyncio.run(here.unfit([BAD]))
     assert unfit is not None
     repaired = repairing({"prompt": "What?", "max_tokens": 5}, unfit)
     assert repaired is not None
