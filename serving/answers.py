@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable
 from typing import Any
 
@@ -67,16 +66,23 @@ class Outgoing:
 
 
 class Remembered:
-    """The versions of the newest answers by key and request id, so that feedback need not say what it is about."""
+    """The versions of the newest answers by key and request id, so that feedback need not say what it is about.
+
+    `most` of them at most, and the newest half of these always. Two dicts in turn, of which the older goes whole: one
+    that loses an entry for each that comes is made anew, with megabytes in a piece, again and again.
+    """
 
     def __init__(self, most: int = MOST_REMEMBERED) -> None:
-        self._most, self._found = most, OrderedDict[str, str]()
+        self._half = most // 2
+        self._new: dict[str, str] = {}
+        self._old: dict[str, str] = {}
 
     def put(self, key: str, request: str, adapter: str) -> None:
+        if len(self._new) >= self._half:
+            self._old, self._new = self._new, {}
         # Two strings, of which one is there once: an object for each answer cost 400 bytes, 40 MB in all.
-        self._found[f"{key} {request}"] = sys.intern(adapter)
-        if len(self._found) > self._most:
-            self._found.popitem(last=False)
+        self._new[f"{key} {request}"] = sys.intern(adapter)
 
     def get(self, key: str, request: str) -> str | None:
-        return self._found.get(f"{key} {request}")
+        found = f"{key} {request}"
+        return self._new.get(found) or self._old.get(found)

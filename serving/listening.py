@@ -50,7 +50,7 @@ def calm_collector() -> None:
     defaults a sixth of a gateway's time went there."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(10_000, 20, 10)
 
 
 def url_of(listening: socket.socket) -> str:

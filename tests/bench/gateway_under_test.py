@@ -1,7 +1,7 @@
 """`python -m tests.bench.gateway_under_test UPSTREAM_URL PORT`: our gateway as one worker, in front of that upstream.
 
 The one place that builds the gateway for the benchmarks: what the server gives its gateway belongs in `gateway_to`.
-With --samples it writes a line of JSON twice a second: its memory, descriptors, tasks and requests under way.
+With --samples it writes a line of JSON twice a second: its memory (bytes, and Python's blocks), descriptors, tasks and requests under way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -54,8 +55,8 @@ async def _sample(board: Board, samples: Path) -> None:
     with samples.open("a", encoding="utf-8", buffering=1) as out:
         while True:
             resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * PAGE
-            found = {"at": time.time(), "rss": resident, "fds": len(os.listdir("/proc/self/fd")),
-                     "tasks": len(asyncio.all_tasks()), "in_flight": board.in_flight.total()}  # fmt: skip
+            found = {"at": time.time(), "rss": resident, "blocks": sys.getallocatedblocks(),
+                     "fds": len(os.listdir("/proc/self/fd")), "tasks": len(asyncio.all_tasks()), "in_flight": board.in_flight.total()}  # fmt: skip
             out.write(json.dumps(found) + "\n")
             await asyncio.sleep(SAMPLE_SECONDS)
 
