@@ -48,14 +48,6 @@ class LentEngine:
         self.engine = Engine(self.url, self.key, local=is_local(self.terms.model_copy(update={"url": self.url})))
         await self._flip_away("it has not answered yet", hold=True)
 
-    def _there(self) -> tuple[str, str]:
-        """Its address and key, by the environment and the `.env` of now. Raises RecipeError for what is not set."""
-        place, values = f"engines.{self.name}", self._env.values
-        url, key = expand(self.terms.url, f"{place}.url", values), expand(self.terms.key, f"{place}.key", values)
-        if not url:
-            raise RecipeError("its url is empty", place=place, fix=f"set {self.terms.url} in .env")
-        return url.rstrip("/"), key or ""
-
     async def run(self) -> None:
         """One look after another, until cancelled; then `close` it."""
         while True:
@@ -95,6 +87,14 @@ class LentEngine:
         self.reconciler = None
         await self.prepare()
         self._say("starting", "its address or key has changed in .env")
+
+    def _there(self) -> tuple[str, str]:
+        """Its address and key, by the environment and the `.env` of now. Raises RecipeError for what is not set."""
+        place, values = f"engines.{self.name}", self._env.values
+        url, key = expand(self.terms.url, f"{place}.url", values), expand(self.terms.key, f"{place}.key", values)
+        if not url:
+            raise RecipeError("its url is empty", place=place, fix=f"set {self.terms.url} in .env")
+        return url.rstrip("/"), key or ""
 
     async def _look(self, engine: Engine) -> None:
         if not await engine.healthy(HEALTH_SECONDS):

@@ -1,7 +1,8 @@
 """`python -m tests.bench.gateway_under_test UPSTREAM_URL PORT`: our gateway as one worker, in front of that upstream.
 
 The one place that builds the gateway for the benchmarks: what the server gives its gateway belongs in `gateway_to`.
-With --samples it writes a line of JSON twice a second: its memory (bytes, and Python's blocks), descriptors, tasks and requests under way.
+With --samples it writes a line of JSON twice a second: its memory (bytes, and Python's blocks), descriptors, tasks and
+requests under way.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ async def _sample(board: Board, samples: Path) -> None:
         while True:
             resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * PAGE
             found = {"at": time.time(), "rss": resident, "blocks": sys.getallocatedblocks(),
-                     "fds": len(os.listdir("/proc/self/fd")), "tasks": len(asyncio.all_tasks()), "in_flight": board.in_flight.total()}  # fmt: skip
+                     "fds": len(os.listdir("/proc/self/fd")), "tasks": len(asyncio.all_tasks()),
+                     "in_flight": board.in_flight.total()}  # fmt: skip
             out.write(json.dumps(found) + "\n")
             await asyncio.sleep(SAMPLE_SECONDS)
 
