@@ -19,13 +19,18 @@ def gateway(
     """
     from cli.console import print_json, say
     from registry.project import find_project
+    from registry.serving_lead import leader
     from registry.settings import load_settings
     from registry.store import open_store
     from serving.gateway_only import run_gateway
 
     project = find_project()
+    store = open_store(project)
+    lead = leader(store)
+    if (lead is None or lead.released) and not as_json:
+        say("no server leads yet; this gateway answers as soon as `ft serve up` has started one")
     tell = (lambda url: print_json({"gateway_url": url})) if as_json else (lambda url: say(f"gateway {url}/v1"))
-    run_gateway(project, open_store(project), load_settings(project), port, tell)
+    run_gateway(project, store, load_settings(project), port, tell)
 
 
 def gateways(as_json: AsJson = False) -> None:

@@ -182,6 +182,15 @@ def test_gateways_follow_each_flip_and_hold_up_an_unload_by_what_they_have_under
     asyncio.run(run())
 
 
+def test_a_gateway_without_a_leader_says_so(store: Store) -> None:
+    async def run() -> None:
+        async with house(store) as here:
+            process, _ = await here.gateway()
+            await process.said("no server leads yet")
+
+    asyncio.run(run())
+
+
 def test_a_frozen_gateway_is_waited_for_until_its_leases_end_and_then_answers_503_until_it_follows_again(
     store: Store,
 ) -> None:
