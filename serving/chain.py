@@ -133,8 +133,8 @@ class Chain:
 
     async def _ask_again(self, turn: Turn) -> None:
         """Hold on for a moment for those that may soon be there, and ask them once more. Raises Refusal."""
-        deadline = min(_now() + self.hold_seconds, turn.until)
-        turn.waited_from, turn.is_second = turn.waited_from or _now(), True
+        began = _now()
+        turn.waited_from, turn.is_second = turn.waited_from or began, True
         while waiting := [
             place for place, error in turn.failed.items() if error.again and turn.asked.get(place, 0) < ASKS
         ]:
@@ -145,7 +145,8 @@ class Chain:
                         return
                 except Unanswered as error:
                     turn.failed[place] = error
-            left = deadline - _now()
+            patience = max(self.hold_seconds, *(turn.failed[place].patience for place in waiting))
+            left = min(began + patience, turn.until) - _now()
             if left <= 0:
                 break
             await self.board.change(min(left, LOOK_SECONDS))
@@ -279,7 +280,7 @@ class Chain:
             away.want()
         refusal = Refusal(503, f"{ask.name} is away: {away.reason}", "engine_away", retry_after=away.retry_after)
         refusal.engine = away.engine
-        return Unanswered(refusal, again=away.hold, blame=False)
+        return Unanswered(refusal, again=away.hold, blame=False, patience=away.patience)
 
     def _count(self, ask: Ask, engines: set[str]) -> None:
         """For engines that start by themselves when enough requests came that could go there."""

@@ -36,12 +36,13 @@ SENT = {"Content-Type": "application/json"}
 class Unanswered(Exception):
     """Nothing has gone out, so somebody else can be asked. `refusal` is for the caller if nobody can.
 
-    `again`: worth asking the same name once more. `blame`: the upstream failed, and was not only busy.
+    `again`: worth asking the same name once more, within `patience` seconds where that is longer than usual. `blame`:
+    the upstream failed, and was not only busy.
     """
 
-    def __init__(self, refusal: Refusal, *, again: bool = False, blame: bool = True) -> None:
+    def __init__(self, refusal: Refusal, *, again: bool = False, blame: bool = True, patience: float = 0.0) -> None:
         super().__init__(refusal.message)
-        self.refusal, self.again, self.blame = refusal, again, blame
+        self.refusal, self.again, self.blame, self.patience = refusal, again, blame, patience
 
 
 @dataclass(slots=True)  # frozen costs 2 microseconds of each request

@@ -38,6 +38,8 @@ KEPT_SWAPS = 20
 SLOTS = 16
 # Who waited for a version has long been told to come again.
 ASKED_SECONDS = 60.0
+# So long a request waits for a version that is being loaded: seven others may come before it, a second each.
+LOADING_PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -321,4 +323,4 @@ def nothing_answers(models: Sequence[Wanted], why: Away) -> Routes:
 def _away(champion: str, refused: Mapping[str, str]) -> Away:
     if champion in refused:
         return Away(f"{champion} was refused: {refused[champion]}", retry_after=60, hold=False)
-    return Away(f"{champion} is being loaded")
+    return Away(f"{champion} is being loaded", patience=LOADING_PATIENCE)

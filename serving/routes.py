@@ -74,7 +74,8 @@ class Away:
 
     `seconds`: of an engine that comes when it is wanted: a request waits so long for it before anybody else is asked,
     and calls `want` as it begins to. `want` is no part of what two of them are compared by. `engine`: its name, for
-    `Demand.header`.
+    `Demand.header`. `patience`: so many seconds it is worth waiting for when nobody else has answered; as long as the
+    gateway waits for everything else if that is longer.
     """
 
     reason: str
@@ -83,6 +84,7 @@ class Away:
     seconds: float = 0.0
     want: Callable[[], None] | None = field(default=None, compare=False, repr=False)
     engine: str = ""
+    patience: float = 0.0
 
 
 @dataclass(frozen=True)

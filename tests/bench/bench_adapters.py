@@ -95,7 +95,7 @@ async def _all(here: Served, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bring_up(here: Served, versions: Sequence[Version]) -> None:
-    """Promote them all, and wait until the engine holds as many as it can. The others come up when they are asked for."""
+    """Promote them all, and wait until the engine holds as many as it can; the others come up when asked for."""
     for each in versions:
         promote(here, each)
     end = time.monotonic() + 60 + BRING_UP_SECONDS * len(versions)

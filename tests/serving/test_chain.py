@@ -275,6 +275,26 @@ def test_what_is_away_is_waited_for_when_nobody_else_answers() -> None:
     on_line(test, hold_seconds=2.0)
 
 
+def test_what_says_so_is_waited_for_longer_and_a_fallback_is_asked_all_the_same() -> None:
+    """A version is loaded behind seven others: one in twenty-five callers was told to come again after five seconds."""
+
+    async def test(here: Line) -> None:
+        engines = here.routes().engines
+        here.board.put("engine", Routes(away={"tickets": Away("it is being loaded", patience=8.0)}, engines=engines))
+        assert (await here.ask(WITH_BIG)).headers["x-ft-adapter"] == "engine:big/big-70b"
+        asking = asyncio.create_task(here.ask())
+        await asyncio.sleep(1.0)
+        assert not asking.done()
+        here.board.put("engine", here.routes())
+        assert (await asking).headers["x-ft-adapter"] == "tickets@2"
+        here.board.put("engine", Routes(away={"tickets": Away("it is being loaded", patience=0.6)}, engines=engines))
+        began = time.monotonic()
+        assert (await here.refused()).code == "engine_away"
+        assert 0.5 < time.monotonic() - began < 7
+
+    on_line(test)
+
+
 def test_an_engine_on_demand_is_wanted_and_waited_for_before_anybody_else() -> None:
     async def test(here: Line) -> None:
         wanted: list[float] = []
