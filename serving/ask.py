@@ -27,7 +27,7 @@ class Ask:
     key: str = ""
     user: str = ""
     conversation: str = ""
-    may: Callable[[str], bool] = bool  # ask this name: the caller's key has a say
+    may: Callable[[str], bool] = lambda _: True  # ask for that name: the caller's key has a say
 
     def subject(self, by: str) -> str:
         """For which a canary's version stays the same, `by` user, conversation or request."""

@@ -103,8 +103,9 @@ def refusal_of(status: int, first: bytes) -> Refusal | None:
         return Refusal(429, "the endpoint takes no more requests just now", "endpoint_busy", retry_after=10)
     if _is_of_vllm(said):
         return None
-    # The platform's word, not the model's: with `workers.max is 0` it is a 400, and a fallback could still answer.
-    return Refusal(503, f"the endpoint answered {status}", "endpoint_away", retry_after=10)
+    # An endpoint without workers says 400, which is no fault of the request: a fallback can still answer it.
+    kind = 503 if status >= 500 or b"workers" in first else status
+    return Refusal(kind, f"the endpoint answered {status}", "endpoint_away", retry_after=10 if kind == 503 else None)
 
 
 def _of_worker(said: dict[str, Any], body: dict[str, Any]) -> Refusal | None:

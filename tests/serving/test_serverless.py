@@ -541,6 +541,7 @@ def test_routes_follow_the_rows(cloud: Cloud) -> None:
         (404, {"error": {"message": "no such model", "type": "NotFoundError", "code": 404}}, None, ""),
         (400, {"error": {"message": "too long", "type": "BadRequestError", "code": 400}}, None, ""),
         (400, {"detail": "workers.max is 0"}, 503, "endpoint_away"),
+        (413, {"detail": "payload too large"}, 413, "endpoint_away"),
         (429, {}, 429, "endpoint_busy"),
         (500, {"detail": "oops"}, 503, "endpoint_away"),
         (200, {"id": "x", "status": "IN_QUEUE"}, 503, "endpoint_away"),
