@@ -63,8 +63,7 @@ def _read(path: Path) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("recipes")
-    found = sorted(str(each) for each in folder.glob("*.y*ml"))
+    found = sorted({str(each) for folder in (path.parent, Path("recipes")) for each in folder.glob("*.y*ml")})
     near = difflib.get_close_matches(str(path), found, n=1)
     return f"did you mean {near[0]}?" if near else f"there is: {', '.join(found) or 'none yet; see `ft init`'}"
 

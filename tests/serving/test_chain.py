@@ -178,7 +178,7 @@ def test_an_engine_that_hangs_is_given_up_for_the_next() -> None:
             began = time.monotonic()
             told = await here.ask(terms, stream=stream)
             assert told.headers["x-ft-fallback"] == "1"
-            assert 0.9 < time.monotonic() - began < 8
+            assert 0.9 < time.monotonic() - began < 2
 
     on_line(test)
 
@@ -252,8 +252,10 @@ def test_the_next_one_is_asked_at_once_while_an_engine_is_away() -> None:
     async def test(here: Line) -> None:
         routes = here.routes()
         here.board.put("engine", Routes(away={"tickets": Away("it restarts")}, engines=routes.engines))
+        began = time.monotonic()
         told = await here.ask(WITH_BIG)
         assert told.headers["x-ft-adapter"] == "engine:big/big-70b"
+        assert time.monotonic() - began < 0.25
         assert "x-ft-held" not in told.headers
 
     on_line(test)
@@ -469,10 +471,10 @@ def test_an_engine_that_always_fails_is_left_alone() -> None:
         assert (refusal.status, refusal.code) == (503, "engine_away")
         assert refusal.retry_after
         assert refusal.retry_after > 40
-        assert time.monotonic() - began < 2, "nobody waits for it"
+        assert time.monotonic() - began < 0.2
         assert len(here.ours.seen) == asked
 
-    on_line(test, hold_seconds=3.0, bounds=Bounds(least=4, cool_down=60))
+    on_line(test, bounds=Bounds(least=4, cool_down=60))
 
 
 def test_nothing_of_a_local_route_leaves() -> None:
